@@ -1,0 +1,106 @@
+"""Meshes and the short lists of rules that place arrays on them.
+
+One function builds every mesh; a list of (regex, PartitionSpec) per model says where parameters lie. Rules are written for
+one layer: a leaf that the layer scan has stacked gets its leading axis replicated.
+
+>>> mesh = make_mesh({"data": 1}, jax.devices()[:1])
+>>> spec_for("model/layers/mlp/up_proj/kernel", (30, 576, 1536), mesh, [("up_proj/kernel", P("fsdp", "tensor"))])
+P(None, 'fsdp', 'tensor')
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxmethods import tree
+
+AXES = ("data", "fsdp", "tensor")
+"""Batch rows are split over `data` and `fsdp`; parameters over `fsdp` and `tensor`."""
+
+Rules = Sequence[tuple[str, P]]
+
+BATCH = P(("data", "fsdp"))
+"""How a batch lies: its leading axis over both axes that hold different rows."""
+
+
+def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes `data`, `fsdp` and `tensor`, all of type Auto.
+
+    Args:
+        axes: axis name -> size. Axes not named have size 1; one of them may be -1: all devices that are left. By
+            default every device serves `fsdp`.
+        devices: all devices of all processes by default.
+
+    Raises:
+        ValueError: an unknown axis, or sizes that do not use every device.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {name: 1 for name in AXES} | dict({"fsdp": -1} if axes is None else axes)
+    if unknown := sizes.keys() - set(AXES):
+        raise ValueError(f"mesh axis {sorted(unknown)[0]!r} is unknown; the axes are {', '.join(AXES)}.")
+    free = [name for name, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"mesh sizes {sizes} must be positive, with -1 (all that is left) at most once.")
+    if free and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        asked = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(
+            f"mesh {asked} asks for {math.prod(abs(s) for s in sizes.values())} devices and there are {len(devices)}; "
+            f"choose sizes whose product is {len(devices)}, or -1 for one of them."
+        )
+    return jax.make_mesh(
+        tuple(sizes[name] for name in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def spec_for(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules) -> P:
+    """The first rule whose regex is found in `path`, padded with replicated leading axes and made to divide.
+
+    An axis that does not divide its dimension is left out (the dimension is then replicated): small models run on
+    any mesh. Leaves without a rule are replicated.
+    """
+    for pattern, spec in rules:
+        if re.search(pattern, path):
+            break
+    else:
+        return P()
+    if len(spec) > len(shape):
+        return P()
+    entries = [None] * (len(shape) - len(spec)) + list(spec)
+    return P(*(_that_divide(entry, size, mesh) for entry, size in zip(entries, shape, strict=True)))
+
+
+def _that_divide(entry: Any, size: int, mesh: Mesh) -> Any:
+    """The longest prefix of a spec's entry whose mesh axes divide the dimension."""
+    names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+    kept: tuple[str, ...] = ()
+    for name in names:
+        if size % math.prod(mesh.shape[n] for n in (*kept, name)):
+            break
+        kept = (*kept, name)
+    return kept if len(kept) > 1 else kept[0] if kept else None
+
+
+def shardings_for(shapes: tree.Tree, mesh: Mesh, rules: Rules) -> tree.Tree:
+    """A tree of NamedShardings for a nested dict of arrays or ShapeDtypeStructs."""
+    flat = tree.flatten(shapes)
+    return tree.unflatten({p: NamedSharding(mesh, spec_for(p, x.shape, mesh, rules)) for p, x in flat.items()})
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over `data` and `fsdp`."""
+    return NamedSharding(mesh, BATCH)
