@@ -10,7 +10,8 @@ True
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import difflib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -97,6 +98,19 @@ def combine(first: Tree, second: Tree) -> Tree:
     if shared := one.keys() & two.keys():
         raise ValueError(f"both trees hold {sorted(shared)[0]!r}; `combine` joins trees without common leaves.")
     return unflatten(two | one)
+
+
+def require_one_of(name: str, value: str, known: Sequence[str]) -> None:
+    """Raises a ValueError that suggests the nearest of the known values.
+
+    >>> require_one_of("gate", "swich", ("dense", "switch"))
+    Traceback (most recent call last):
+    ValueError: gate='swich' is unknown; did you mean 'switch'? Known: dense, switch.
+    """
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"{name}={value!r} is unknown; {hint}Known: {', '.join(known)}.")
 
 
 def count(tree: Tree) -> int:

@@ -135,7 +135,7 @@ def is_adapter(path: str) -> bool:
 def layers(params: Tree) -> dict[str, tuple[int, ...]]:
     """Path -> shape of the kernel, for each linear layer; a stack of layers has a leading axis."""
     flat = tree.flatten(params)
-    kernels = {p.removesuffix("/kernel"): x.shape for p, x in flat.items() if p.endswith("/kernel")}
+    kernels = {p.removesuffix("/kernel"): x.shape for p, x in flat.items() if p.endswith("/kernel") and not is_adapter(p)}
     return {path: shape for path, shape in kernels.items() if len(shape) in (2, 3)}
 
 

@@ -1,0 +1,44 @@
+"""Data: records on disk to batches of tokens.
+
+data = Data(train="train.jsonl", evaluation="heldout.jsonl", sequence_length=1024)
+rows, report = build(data, tokenizer)
+print(report)
+stream = iter(batches(rows, batch_size=8, seed=data.seed))
+batch = next(stream)  # tokens, target_mask, segment_ids, positions
+"""
+
+from jaxmethods.data.build import Report, build
+from jaxmethods.data.chat import Renderer, prompt_tokens, render
+from jaxmethods.data.config import Data, Source
+from jaxmethods.data.examples import Example, Examples, split_text, truncate
+from jaxmethods.data.packing import Batch, PackedRows, Plan, best_fit, one_each
+from jaxmethods.data.pipeline import Batches, BatchIterator, Mixture, batches, evaluation_batches
+from jaxmethods.data.sources import Place, Records, open_records, records_in_memory
+
+__all__ = [
+    "Batch",
+    "BatchIterator",
+    "Batches",
+    "Data",
+    "Example",
+    "Examples",
+    "Mixture",
+    "PackedRows",
+    "Place",
+    "Plan",
+    "Records",
+    "Renderer",
+    "Report",
+    "Source",
+    "batches",
+    "best_fit",
+    "build",
+    "evaluation_batches",
+    "one_each",
+    "open_records",
+    "prompt_tokens",
+    "records_in_memory",
+    "render",
+    "split_text",
+    "truncate",
+]

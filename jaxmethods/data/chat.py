@@ -1,0 +1,296 @@
+"""Rows of text to token ids and target masks, through the tokenizer's own chat template.
+
+What is a target: the assistant's words and the token that ends its turn, in every turn; in plain text,
+everything.
+
+Where to cut the text for the tokenizer. A model answers after the tokens of the prompt *alone*, so training
+must show exactly these; tokenising the whole conversation at once may merge the end of the prompt with the
+start of the answer into a token that never occurs in use. So the text is cut where answers begin, and nowhere
+else, each piece is tokenised by itself, and the ids are joined. Where an answer ends is found from the
+tokens' offsets in their piece.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+
+from jaxmethods.data.config import Source
+from jaxmethods.data.examples import Example
+from jaxmethods.data.sources import Place, Record, kind_of
+
+Tokenizer = Any
+"""A `transformers.PreTrainedTokenizerFast` (not imported here: that takes seconds)."""
+
+Message = Mapping[str, Any]
+
+_ROWS_AT_ONCE = 512
+_ALL = sys.maxsize
+# Some templates print today's date into the system prompt; data must be the same tomorrow, so it is fixed.
+_TEMPLATE_ARGUMENTS = {"date_string": "26 Jul 2024"}
+
+
+class Piece(NamedTuple):
+    """A stretch of text that is tokenised by itself; its first `answer` characters are targets."""
+
+    text: str
+    answer: int
+
+
+class Rendering(NamedTuple):
+    """A row as text: pieces in order, and whether BOS stands before them and EOS (a target) after them."""
+
+    pieces: Sequence[Piece]
+    bos: bool
+    eos: bool
+
+
+def render(row: Record, tokenizer: Tokenizer, source: Source | None = None) -> Example:
+    """One row as an example: its fields are named by `source` (see `Renderer` for many rows).
+
+    Raises ValueError for a row without the fields, with fields of another type, or with an empty answer.
+    """
+    return Renderer(tokenizer, source)(row)
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> Int32[np.ndarray, " time"]:
+    """The tokens that precede the answer to a question, or to a list of messages: the same as in training."""
+    return Renderer(tokenizer).prompt(prompt)
+
+
+class Renderer:
+    """Renders rows with one tokenizer and one naming of the fields.
+
+    - prompt and answer: one exchange in the chat template; without a template, the two joined as they are,
+      and EOS.
+    - messages: the chat template over the conversation; each assistant turn is a target, up to its
+      end-of-turn token. What follows the last of them is left out, since no loss depends on it.
+    - text: the text as it is, and EOS; all targets.
+
+    BOS stands in front where the template writes it or, without a template, where the tokenizer itself would
+    put it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, source: Source | None = None):
+        self.tokenizer = tokenizer
+        self.source = source or Source("rows given in memory")
+
+    def __call__(self, row: Record, place: Place | str = "this row") -> Example:
+        kind = self._kind_of(row, place) if self.source.kind == "auto" else self.source.kind
+        return self._tokenise([self._rendering(row, kind, place)])[0]
+
+    def many(self, placed: Iterable[tuple[Place, Record]]) -> Iterator[tuple[str, Example]]:
+        """(kind, example) of every row, tokenised some hundred at a time; the first row settles "auto"."""
+        kind, rows = self.source.kind, iter(placed)
+        while chunk := list(islice(rows, _ROWS_AT_ONCE)):
+            if kind == "auto":
+                kind = self._kind_of(chunk[0][1], chunk[0][0])
+            for example in self._tokenise([self._rendering(row, kind, place) for place, row in chunk]):
+                yield kind, example
+
+    def prompt(self, prompt: str | Sequence[Message]) -> Int32[np.ndarray, " time"]:
+        """See `prompt_tokens`."""
+        if self.tokenizer.chat_template:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            text = self._template(messages, True, "the prompt")
+            rendering = Rendering([Piece(text, 0)], bos=False, eos=False)
+        elif isinstance(prompt, str):
+            rendering = Rendering([Piece(prompt, 0)], bos=self._puts_bos, eos=False)
+        else:
+            raise ValueError("this tokenizer has no chat template; give the prompt as text, not as messages.")
+        return self._tokenise([rendering])[0].tokens
+
+    # Rows to text
+
+    def _kind_of(self, row: Record, place: Place | str) -> str:
+        fields = {kind: self.source.fields(kind) for kind in ("answer", "chat", "text")}
+        fits = [kind for kind, names in fields.items() if all(name in row for name in names)]
+        if len(fits) == 1:
+            return fits[0]
+        if fits:
+            raise ValueError(f"{place} can be read as {' or '.join(fits)}; say which with Source(kind=...).")
+        wanted = " nor ".join("+".join(map(repr, names)) for names in fields.values())
+        raise ValueError(
+            f"{place} has neither {wanted}; its fields are {_names(row)}. Name yours, as in Source(answer='...')."
+        )
+
+    def _rendering(self, row: Record, kind: str, place: Place | str) -> Rendering:
+        if kind == "text":
+            text = _text(row, self.source.text, place)
+            _not_blank(text, f"field {self.source.text!r}", place)
+            ends = self.tokenizer.eos_token_id is not None
+            return Rendering([Piece(text, _ALL)], bos=self._puts_bos, eos=ends)
+        if kind == "chat":
+            messages = _messages(row, self.source.messages, place)
+            if not self.tokenizer.chat_template:
+                raise ValueError(f"{place}: chat rows need a chat template, which this tokenizer lacks; set one.")
+            return self._conversation(messages, place)
+        prompt, answer = (_text(row, name, place) for name in self.source.fields(kind))
+        _not_blank(answer, f"field {self.source.answer!r}", place)
+        if self.tokenizer.chat_template:
+            asked, said = {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}
+            return self._conversation([asked, said], place)
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("this tokenizer has neither chat template nor EOS token, so no answer would end; set one.")
+        return Rendering([Piece(prompt, 0), Piece(answer, _ALL)], bos=self._puts_bos, eos=True)
+
+    def _conversation(self, messages: Sequence[Message], place: Place | str) -> Rendering:
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if not turns:
+            roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+            raise ValueError(f"{place}: no message has the role 'assistant' ({roles}), so there is nothing to learn.")
+        whole = self._template(messages, False, place)
+        starts: list[int] = []
+        ends: list[int] = []
+        for turn in turns:
+            if self._end_of_turn in messages[turn]["content"]:
+                raise ValueError(
+                    f"{place}: message {turn + 1} contains {self._end_of_turn!r}, which ends a turn; remove it."
+                )
+            before = self._template(messages[:turn], True, place)
+            closing = whole.find(self._end_of_turn, len(before))
+            if not whole.startswith(before) or closing < 0 or (ends and len(before) < ends[-1]):
+                raise ValueError(
+                    f"{place}: the chat template changes what precedes message {turn + 1} once that message "
+                    "follows, so its tokens cannot be told apart; use a template that only appends."
+                )
+            starts.append(len(before))
+            ends.append(closing + len(self._end_of_turn))
+        pieces = [Piece(whole[: starts[0]], 0)]
+        for start, end, stop in zip(starts, ends, [*starts[1:], ends[-1]], strict=True):
+            pieces.append(Piece(whole[start:stop], end - start))
+        return Rendering(pieces, bos=False, eos=False)
+
+    def _template(self, messages: Sequence[Message], ask: bool, place: Place | str) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=ask, **_TEMPLATE_ARGUMENTS
+            )
+        except Exception as error:  # a template is a program of its own and may raise anything
+            raise ValueError(f"{place}: the chat template refuses this conversation ({error}).") from error
+
+    @cached_property
+    def _end_of_turn(self) -> str:
+        """The special token that the template writes after an assistant's words."""
+        words = "a few words of an answer"
+        asked, said = {"role": "user", "content": "a question"}, {"role": "assistant", "content": words}
+        whole = self._template([asked, said], False, "a first conversation")
+        after = whole[whole.rindex(words) + len(words) :] if words in whole else ""
+        special = sorted((token for token in self.tokenizer.get_added_vocab() if token.strip()), key=len)
+        found = {after.find(token): token for token in special if token in after}
+        if not found:
+            raise ValueError(
+                f"the chat template ends an answer with {after!r} and no special token, so none would end; "
+                "give the tokenizer a template that closes the assistant's turn."
+            )
+        return found[min(found)]
+
+    # Text to tokens
+
+    @cached_property
+    def _puts_bos(self) -> bool:
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and list(self.tokenizer("a")["input_ids"][:1]) == [bos]
+
+    @cached_property
+    def _anchor(self) -> str:
+        """What to put before a continuing piece, if the tokenizer begins every text with a space."""
+        alone, line, after_line = (encoding[0] for encoding in self._encode(["a", "\n", "\na"]))
+        return "" if alone == after_line[len(line) :] else "\n"
+
+    def _tokenise(self, renderings: Sequence[Rendering]) -> list[Example]:
+        firsts = iter(self._encode([rendering.pieces[0].text for rendering in renderings]))
+        later = [piece.text for rendering in renderings for piece in rendering.pieces[1:]]
+        others = iter(self._continue(later))
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        examples = []
+        for rendering in renderings:
+            tokens, targets = ([bos], [False]) if rendering.bos else ([], [])
+            for number, piece in enumerate(rendering.pieces):
+                ids, starts = next(others if number else firsts)
+                tokens += ids
+                targets += [start < piece.answer for start in starts]
+            if rendering.eos:
+                tokens.append(eos)
+                targets.append(True)
+            targets[:1] = [False] * len(targets[:1])  # nothing precedes the first token
+            examples.append(Example(np.array(tokens, np.int32), np.array(targets, bool)))
+        return examples
+
+    def _continue(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """As `_encode`, for texts that stand after others."""
+        if not texts or not self._anchor:
+            return self._encode(texts)
+        (anchor, _), *anchored = self._encode([self._anchor, *(self._anchor + text for text in texts)])
+        out = []
+        for text, (ids, starts) in zip(texts, anchored, strict=True):
+            if ids[: len(anchor)] != anchor:
+                raise ValueError(
+                    f"this tokenizer joins a line break to what follows in {text[:20]!r}; strip the answers."
+                )
+            out.append((ids[len(anchor) :], [start - len(self._anchor) for start in starts[len(anchor) :]]))
+        return out
+
+    def _encode(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """(ids, first character of each) of every text, with no special tokens but those spelt out in it."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return [
+            (ids, [start for start, _ in offsets])
+            for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        ]
+
+
+def _messages(row: Record, field: str, place: Place | str) -> list[Message]:
+    given = _field(row, field, place)
+    if not isinstance(given, (list, tuple)) or not given:
+        what = "an empty list" if isinstance(given, (list, tuple)) else kind_of(given)
+        raise ValueError(f"{place}: field {field!r} must be a list of {{'role', 'content'}}, not {what}.")
+    messages: list[Message] = []
+    for number, message in enumerate(given, 1):
+        if not isinstance(message, Mapping):
+            what = kind_of(message)
+            raise ValueError(f"{place}: message {number} of {field!r} must be {{'role', 'content'}}, not {what}.")
+        within = f"{place}, message {number} of {field!r}"
+        role, content = _text(message, "role", within), _text(message, "content", within)
+        if role == "assistant":
+            _not_blank(content, "field 'content'", within)
+        # Arrow fills fields that other messages have with nulls
+        messages.append({name: value for name, value in message.items() if value is not None})
+    return messages
+
+
+def _field(row: Record, field: str, place: Place | str) -> Any:
+    if field not in row:
+        raise ValueError(f"{place}: no field {field!r}; its fields are {_names(row)}.")
+    return row[field]
+
+
+def _text(row: Record, field: str, place: Place | str) -> str:
+    value = _field(row, field, place)
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: field {field!r} must be text, not {kind_of(value)}.")
+    return value
+
+
+def _not_blank(text: str, what: str, place: Place | str) -> None:
+    if not text.strip():
+        raise ValueError(f"{place}: {what} is empty, so there is nothing to learn; leave the row out.")
+
+
+def _names(row: Record) -> str:
+    return ", ".join(map(str, row)) or "none"

@@ -1,0 +1,109 @@
+"""What to read and how to lay it out: two frozen dataclasses of plain values.
+
+>>> data = Data(train="train.jsonl", sequence_length=512)
+>>> data.train[0].path, data.train[0].answer, data.pack
+('train.jsonl', 'answer', True)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+KINDS = ("auto", "answer", "chat", "text")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, or folder saved by `datasets`, and the names of the fields in it.
+
+    path: `.jsonl`, `.json`, `.parquet`, `.arrow`, a folder of `datasets.save_to_disk`, or a pattern such as
+      `gs://bucket/train-*.parquet`.
+    weight: share of the training rows drawn from this source, relative to the other sources' weights.
+    prompt, answer: fields of question-and-answer rows (text, text).
+    messages: field of chat rows (a list of {"role", "content"}).
+    text: field of plain rows, where every token is a target.
+    kind: "answer", "chat" or "text"; "auto" takes the one kind whose fields the first row has.
+    """
+
+    path: str
+    weight: float = 1.0
+    prompt: str = "prompt"
+    answer: str = "answer"
+    messages: str = "messages"
+    text: str = "text"
+    kind: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("a Source needs a path; got ''.")
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise ValueError(
+                f"{self.path}: weight={self.weight} must be a positive number; leave the source out instead."
+            )
+        if self.kind not in KINDS:
+            raise ValueError(f"{self.path}: kind={self.kind!r} is none of {', '.join(KINDS)}.")
+        for field in ("prompt", "answer", "messages", "text"):
+            if not getattr(self, field):
+                raise ValueError(f"{self.path}: the name of the {field} field is empty.")
+
+    def fields(self, kind: str) -> tuple[str, ...]:
+        """The fields that a row of this kind must have."""
+        return {"answer": (self.prompt, self.answer), "chat": (self.messages,), "text": (self.text,)}[kind]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data of a run.
+
+    train, evaluation: a path, a `Source`, or several; read from JSON they may also be dicts. Stored as tuples
+      of `Source`. Training sources are mixed by weight; evaluation reads every row once, so weights are
+      refused there.
+    sequence_length: tokens a row of a batch; longer examples are cut (`jaxmethods.data.truncate`).
+    pack: lay several examples into one row, separated by `segment_ids`; else one example a row.
+    evaluation_rows: read only the first so many rows of each evaluation source; None reads all.
+    seed: of the order of the training rows.
+    """
+
+    train: tuple[Source, ...] | Source | str = ()
+    evaluation: tuple[Source, ...] | Source | str = ()
+    sequence_length: int = 1024
+    pack: bool = True
+    evaluation_rows: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "train", as_sources(self.train))
+        object.__setattr__(self, "evaluation", as_sources(self.evaluation))
+        for source in as_sources(self.evaluation):
+            if source.weight != 1.0:
+                raise ValueError(
+                    f"{source.path}: weight={source.weight} has no meaning in evaluation, which reads "
+                    "every row once; leave it at 1.0."
+                )
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence_length={self.sequence_length} must be at least 2: a token and the next.")
+        if self.evaluation_rows is not None and self.evaluation_rows < 1:
+            raise ValueError(f"evaluation_rows={self.evaluation_rows} must be positive, or None for all rows.")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must not be negative.")
+
+
+def as_sources(given: Any) -> tuple[Source, ...]:
+    """A path, a Source, a dict of its fields, or a sequence of these, as a tuple of Source."""
+    if given is None:
+        return ()
+    if isinstance(given, Source):
+        return (given,)
+    if isinstance(given, str):
+        return (Source(given),)
+    if isinstance(given, Mapping):
+        try:
+            return (Source(**given),)
+        except TypeError as error:
+            raise ValueError(f"a Source cannot be made of {dict(given)}: {error}.") from error
+    if isinstance(given, (list, tuple)):
+        return tuple(source for part in given for source in as_sources(part))
+    raise ValueError(f"data must be a path, a Source or a list of these; got {given!r}.")

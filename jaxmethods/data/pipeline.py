@@ -1,0 +1,245 @@
+"""From rows to batches: shuffled, mixed, split by process; the position in them is one integer.
+
+The global batch is formed first and then split, so any number of processes sees the same batches:
+
+>>> rows = grain.MapDataset.source([{"tokens": np.array([i])} for i in range(6)])
+>>> whole = batches(rows, batch_size=4, seed=1)
+>>> halves = [batches(rows, batch_size=4, seed=1, process_index=i, process_count=2) for i in (0, 1)]
+>>> bool((np.concatenate([half[7]["tokens"] for half in halves]) == whole[7]["tokens"]).all())
+True
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from etils import epath
+
+from jaxmethods.data.packing import Batch
+
+# Rows are made from arrays in memory: one thread, a few batches ahead of the device, is enough.
+_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+_FILE = "position.json"
+
+
+class Mixture(grain.MapDataset):
+    """Rows of several sources, taken in turn in proportion to their weights (to within 1%); random-access.
+
+    An epoch ends where one source has been seen once, so no row occurs twice in it. The next epoch goes on
+    with the unseen rows of the longer sources.
+    """
+
+    def __init__(self, parts: Sequence[grain.MapDataset], weights: Sequence[float]):
+        super().__init__(parts)
+        if len(parts) != len(weights):
+            raise ValueError(f"{len(parts)} sources cannot be mixed by {len(weights)} weights; give each source one.")
+        self.weights = tuple(weights)
+        self._mixed = grain.MapDataset.mix(parts, self.weights)
+
+    def __len__(self) -> int:
+        return len(self._mixed)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._mixed[index]
+
+    def __str__(self) -> str:
+        return f"Mixture(weights={self.weights})"
+
+
+class Batches(grain.IterDataset):
+    """This process' part of every batch: iterate over them, or take batch i alone by `batches[i]`.
+
+    Its iterators are `BatchIterator`s.
+    """
+
+    def __init__(self, numbered: grain.MapDataset, identity: dict[str, int], process_index: int):
+        super().__init__(numbered.to_iter_dataset(_AHEAD))
+        self._numbered = numbered
+        self._identity = identity
+        self._process_index = process_index
+
+    def __len__(self) -> int:
+        return len(self._numbered)
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(f"there are {len(self)} batches; none has index {index}.")
+        return self._numbered[index]
+
+    def __iter__(self) -> BatchIterator:
+        return BatchIterator(iter(self._parent), self._identity, self._process_index)
+
+    def __str__(self) -> str:
+        return f"Batches({self._identity})"
+
+
+class BatchIterator(grain.DatasetIterator):
+    """Goes through `Batches`; `position` is the number of the batch that comes next.
+
+    An orbax (v1) checkpointable. All processes save the same position, so process 0 writes it for all, and
+    any number of processes can load it; grain's own iterators write a file a process and load only into as
+    many. Loading refuses a position in other data: another number of rows, batch size or seed.
+    """
+
+    def __init__(self, parent: grain.DatasetIterator, identity: dict[str, int], process_index: int):
+        super().__init__(parent)
+        self._identity = identity
+        self._process_index = process_index
+
+    def __next__(self) -> Batch:
+        return next(self._parent)
+
+    @property
+    def position(self) -> int:
+        """How many batches were taken, which is the number of the next one."""
+        return int(self.get_state()["next_index"])
+
+    def get_state(self) -> dict[str, Any]:
+        return self._parent.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state)
+
+    async def save(self, directory: Any) -> Awaitable[None]:
+        """Called by orbax: takes the position now, writes it in the background."""
+        text = json.dumps({"next_batch": self.position, **self._identity})
+
+        async def write() -> None:
+            if self._process_index == 0:
+                folder = await directory.await_creation()
+                await asyncio.to_thread((folder / _FILE).write_text, text)
+
+        return write()
+
+    async def load(self, directory: epath.Path) -> Awaitable[None]:
+        """Called by orbax: reads the position. Raises ValueError where it was saved for other data."""
+
+        async def read() -> None:
+            saved = json.loads(await asyncio.to_thread((epath.Path(directory) / _FILE).read_text))
+            for name, value in self._identity.items():
+                if saved.get(name) != value:
+                    raise ValueError(
+                        f"the position was saved with {name}={saved.get(name)}, but now {name}={value}, by which "
+                        "other batches would follow; restore the old setting, or start a new run."
+                    )
+            self.set_state({"next_index": saved["next_batch"]})
+
+        return read()
+
+    def __str__(self) -> str:
+        return "BatchIterator"
+
+
+def batches(
+    rows: grain.MapDataset,
+    *,
+    batch_size: int,
+    seed: int,
+    epochs: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Batches of shuffled rows for training, without end or for `epochs` passes over the rows.
+
+    Every epoch is a new permutation of all rows; batches go on across the end of an epoch, and only the rows
+    behind the last full batch of the last epoch are left out. A batch is a dict of arrays [batch_size /
+    process_count, ...]: the contiguous part of the global batch that belongs to process `process_index`.
+
+    Raises ValueError where the batch does not divide among the processes, or the rows do not make one batch.
+    """
+    if not len(rows):
+        raise ValueError("there are no rows to make batches of.")
+    if seed < 0:
+        raise ValueError(f"seed={seed} must not be negative.")
+    if epochs is not None and epochs < 1:
+        raise ValueError(f"epochs={epochs} must be positive, or None to go on without end.")
+    if epochs is not None and len(rows) * epochs < batch_size:
+        raise ValueError(
+            f"{len(rows)} rows in epochs={epochs} do not fill one batch of batch_size={batch_size}; "
+            f"take more epochs, or batch_size={len(rows) * epochs}."
+        )
+    stream = _shuffled(rows, seed).repeat(epochs)
+    share = _Share(stream, batch_size, process_index, process_count)
+    identity = {"batch_size": batch_size, "seed": seed, "rows": len(rows)}
+    return Batches(share.batch(share.size, drop_remainder=True), identity, process_index)
+
+
+def evaluation_batches(
+    rows: grain.MapDataset, batch_size: int, *, process_index: int = 0, process_count: int = 1
+) -> Batches:
+    """Every row exactly once, in order; the last batch is filled up with padding rows (`segment_ids` 0)."""
+    if not len(rows):
+        raise ValueError("there are no rows to make batches of.")
+    share = _Share(_Filled(rows, batch_size), batch_size, process_index, process_count)
+    return Batches(share.batch(share.size), {"batch_size": batch_size, "rows": len(rows)}, process_index)
+
+
+class _Share(grain.MapDataset):
+    """One process' rows of every global batch of `batch_size` rows."""
+
+    def __init__(self, rows: grain.MapDataset, batch_size: int, process_index: int, process_count: int):
+        super().__init__(rows)
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be positive.")
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index={process_index} is no process of process_count={process_count}.")
+        if batch_size % process_count:
+            raise ValueError(
+                f"batch_size={batch_size} must be a multiple of the number of processes ({process_count}); "
+                f"try batch_size={-(-batch_size // process_count) * process_count}."
+            )
+        self.size = batch_size // process_count
+        self._batch_size = batch_size
+        self._first = process_index * self.size
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch_size * self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, self.size)
+        return self._parent[batch * self._batch_size + self._first + row]
+
+    def __str__(self) -> str:
+        return f"Share(rows {self._first}..{self._first + self.size - 1} of {self._batch_size})"
+
+
+class _Filled(grain.MapDataset):
+    """The rows, and behind them rows of zeros up to a multiple of the batch size."""
+
+    def __init__(self, rows: grain.MapDataset, batch_size: int):
+        super().__init__(rows)
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._parent) // self._batch_size) * self._batch_size
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        if index < len(self._parent):
+            return self._parent[index]
+        return {name: np.zeros_like(value) for name, value in self._parent[0].items()}
+
+    def __str__(self) -> str:
+        return f"Filled(to a multiple of {self._batch_size})"
+
+
+def _shuffled(rows: grain.MapDataset, seed: int) -> grain.MapDataset:
+    """Each source in an order of its own, which changes every epoch; a mixture keeps its proportions.
+
+    grain shuffles epoch e with seed + e, by which runs with neighbouring seeds would share their orders:
+    hence the hash of the seed.
+    """
+    parts = rows.parents if isinstance(rows, Mixture) else [rows]
+    shuffled = [
+        part.shuffle(seed=int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
+        for number, part in enumerate(parts)
+    ]
+    return Mixture(shuffled, rows.weights) if isinstance(rows, Mixture) else shuffled[0]

@@ -1,0 +1,1 @@
+"""Evaluators: functions from a module with parameters to numbers, compiled where it counts."""

@@ -1,0 +1,129 @@
+"""How well a model completes prompts whose answers are known: likelihood of the answers, and overlap of its own with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmethods import data, generation
+from jaxmethods.models.functional import target_logps
+from jaxmethods.tree import Mean, Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """Means over rows, and what the model answered.
+
+    nll: nats an answer token, the closing token included. perplexity: exp(nll). rouge_l: F-measure of the longest common
+    subsequence of words, 0..1.
+    """
+
+    nll: float
+    rouge_l: float
+    answers: tuple[str, ...]
+
+    @property
+    def perplexity(self) -> float:
+        return float(np.exp(self.nll))
+
+
+def evaluate(
+    module: Any,
+    params: Tree,
+    tokenizer: Any,
+    rows: Sequence[dict[str, str]],
+    *,
+    sequence_length: int = 512,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Completion:
+    """Scores the rows' answers and compares the model's greedy ones with them.
+
+    Args:
+        rows: {"prompt", "answer"}; put into the tokenizer's chat template as in training.
+        sequence_length: tokens a row of the scoring batches; longer rows are cut as in training.
+    """
+    progress("scoring the given answers")
+    nll = answer_nll(module, params, tokenizer, rows, sequence_length=sequence_length, batch_size=batch_size)
+    answers = complete(
+        module, params, tokenizer, [row["prompt"] for row in rows],
+        max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress,
+    )  # fmt: skip
+    overlap = [rouge_l(answer, row["answer"]) for answer, row in zip(answers, rows, strict=True)]
+    return Completion(nll, float(np.mean(overlap)), tuple(answers))
+
+
+def answer_nll(
+    module: Any, params: Tree, tokenizer: Any, rows: Sequence[dict[str, str]], *, sequence_length: int, batch_size: int
+) -> float:
+    """Mean of -log p over all answer tokens of all rows, nats."""
+    config = data.Data(sequence_length=sequence_length)
+    laid_out, _ = data.build(config, tokenizer, rows=rows)
+    total = sum(
+        (_batch_nll(module, params, batch) for batch in data.evaluation_batches(laid_out, batch_size)),
+        start=Mean(np.float32(0), np.float32(0)),  # type: ignore[arg-type]
+    )
+    return float(total.value())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _batch_nll(module: Any, params: Tree, batch: dict[str, Any]) -> Mean:
+    logps, _ = target_logps(
+        module, params, batch["tokens"], batch["target_mask"], batch["segment_ids"] > 0,
+        segment_ids=batch["segment_ids"], positions=batch["positions"],
+    )  # fmt: skip
+    return Mean.of(-logps, batch["target_mask"])
+
+
+def complete(
+    module: Any,
+    params: Tree,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[str]:
+    """Greedy answers, in the order of the prompts; one compiled program."""
+    asked = [data.prompt_tokens(tokenizer, prompt) for prompt in prompts]
+    width = max(map(len, asked))
+    answers: list[str] = []
+    for start in range(0, len(asked), batch_size):
+        progress(f"answering {start + 1} to {min(start + batch_size, len(asked))} of {len(asked)}")
+        rows = asked[start : start + batch_size]
+        rows = rows + rows[-1:] * (batch_size - len(rows))  # the last batch has the others' shape
+        tokens = np.zeros((batch_size, width), np.int32)
+        mask = np.zeros((batch_size, width), bool)
+        for i, row in enumerate(rows):
+            tokens[i, width - len(row) :], mask[i, width - len(row) :] = row, True
+        made = generation.generate(
+            module, params, tokens, mask, max_new_tokens=max_new_tokens, temperature=0.0, eos_id=module.config.eos_ids or None
+        )
+        new, kept = np.asarray(made.tokens), np.asarray(made.mask)
+        answers += [tokenizer.decode(t[m], skip_special_tokens=True).strip() for t, m in zip(new, kept, strict=True)]
+    return answers[: len(asked)]
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """ROUGE-L F-measure of two texts, 0..1 (https://aclanthology.org/W04-1013, by the rouge-score package, no stemming).
+
+    Raises:
+        ImportError: the package is missing.
+    """
+    return _scorer().score(reference, prediction)["rougeL"].fmeasure
+
+
+@functools.cache
+def _scorer() -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise ImportError("ROUGE-L needs a package: pip install 'jaxmethods[demo]'") from None
+    return RougeScorer(["rougeL"])

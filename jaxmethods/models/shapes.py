@@ -1,0 +1,50 @@
+"""A model before any weight is read: its module and the shapes of its parameters."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxmethods.models import files, gguf, huggingface, layout
+from jaxmethods.models.decoder import Decoder, DecoderConfig
+from jaxmethods.tree import Tree
+
+_LLAMA3 = dict(
+    family="llama", vocab_size=128_256, rope_theta=500_000.0, max_position_embeddings=8192, rms_norm_eps=1e-5, head_dim=128,
+    num_kv_heads=8, bos_id=128_000, eos_ids=(128_001, 128_009),
+)  # fmt: skip
+
+KNOWN: dict[str, DecoderConfig] = {
+    "meta-llama/Meta-Llama-3-8B-Instruct": DecoderConfig(
+        **_LLAMA3, hidden_size=4096, intermediate_size=14_336, num_layers=32, num_heads=32
+    ),  # type: ignore[arg-type]
+    "meta-llama/Meta-Llama-3-70B-Instruct": DecoderConfig(
+        **_LLAMA3, hidden_size=8192, intermediate_size=28_672, num_layers=80, num_heads=64
+    ),  # type: ignore[arg-type]
+}
+"""Architectures by hub name, so that a pod run can be planned where the hub is out of reach (and its licence unsigned)."""
+
+
+def read_config(path: str | os.PathLike[str]) -> DecoderConfig:
+    """The architecture of a model, as `load` would find it; weights are not touched.
+
+    Raises:
+        FileNotFoundError, ValueError, ConnectionError: as `load` does; the last only for a hub name that is not `KNOWN`.
+    """
+    try:
+        found = files.resolve(path, weights=False)
+    except (ConnectionError, FileNotFoundError):
+        if os.fspath(path) in KNOWN:
+            return KNOWN[os.fspath(path)]
+        raise
+    if found.suffix == ".gguf":
+        return gguf.config_from_gguf(gguf.open_gguf(found))
+    return huggingface.read_config(found)
+
+
+def shapes(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> tuple[Decoder, Tree]:
+    """(module, params) like `load`, with a ShapeDtypeStruct in place of each array."""
+    config = read_config(path)
+    return Decoder(config, dtype=dtype, param_dtype=dtype), layout.shapes(config, dtype)

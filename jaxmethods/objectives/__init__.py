@@ -1,0 +1,5 @@
+"""What is optimised: one file a method, each as its difference from the shared losses."""
+
+from jaxmethods.objectives.supervised import Supervised
+
+__all__ = ["Supervised"]

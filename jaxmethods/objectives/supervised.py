@@ -1,0 +1,38 @@
+"""Supervised fine-tuning: next-token prediction on the tokens that a row marks as targets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmethods.models.functional import target_logps
+from jaxmethods.tree import Mean, Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Supervised:
+    """Mean of -log p(token | tokens before) over target tokens."""
+
+    def loss_fn(self, module: Any) -> Any:
+        """`loss_fn(params, batch, key) -> (Mean, metrics)` for a language model.
+
+        The batch has `tokens`, `target_mask`, `segment_ids` and `positions`, each [B, T]. Auxiliary losses of adapters
+        enter as aux x weight, so that parts of a batch add up. `key=None` evaluates: no dropout, no noise, and no
+        auxiliary loss in the total.
+
+        Metrics: `nll` (the loss without auxiliary terms, nats a token) and, while training, `auxiliary_loss`.
+        """
+
+        def loss_fn(params: Tree, batch: Mapping[str, Any], key: Any) -> tuple[Mean, dict[str, Mean]]:
+            logps, aux = target_logps(
+                module, params, batch["tokens"], batch["target_mask"], batch["segment_ids"] > 0, key=key,
+                segment_ids=batch["segment_ids"], positions=batch["positions"],
+            )  # fmt: skip
+            nll = Mean.of(-logps, batch["target_mask"])
+            if key is None:
+                return nll, {"nll": nll}
+            auxiliary = Mean(aux * nll.weight, nll.weight)
+            return Mean(nll.total + auxiliary.total, nll.weight), {"nll": nll, "auxiliary_loss": auxiliary}
+
+        return loss_fn

@@ -1,0 +1,152 @@
+"""From a config and the shapes of a model to compiled functions: what `train` runs and what `plan` looks at.
+
+Nothing here reads weights or holds an array.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxmethods import adapters, models, sharding, training, tree
+from jaxmethods.launch.config import Run
+from jaxmethods.tree import Tree
+
+RULES = (*adapters.RULES, *models.RULES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """A run before it holds an array. Trees are of ShapeDtypeStructs with shardings."""
+
+    run: Run
+    mesh: Mesh
+    module: Any
+    tx: optax.GradientTransformation
+    base: Tree
+    """The model's own parameters."""
+    state: training.State
+    fixed: Tree
+    """Adapters' leaves that are not trained."""
+    step: Any
+    """Jitted `step(state, frozen, batch) -> (state, metrics)`; the state is donated."""
+    evaluate: Any
+    """Jitted `evaluate(trained, frozen, batch) -> {name: Mean}`."""
+
+    @property
+    def frozen(self) -> Tree:
+        """What the step reads and never changes: the untrained part of the base, and `fixed`."""
+        kept = {p: x for p, x in tree.flatten(self.base).items() if p not in tree.flatten(self.state.trained)}
+        return tree.unflatten(kept | tree.flatten(self.fixed))
+
+    def batch(self, rows: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of a batch."""
+        shape = (rows or self.run.batch_size, self.run.data.sequence_length)
+        kinds = {"tokens": jnp.int32, "target_mask": jnp.bool_, "segment_ids": jnp.int32, "positions": jnp.int32}
+        placed = sharding.batch_sharding(self.mesh)
+        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for name, dtype in kinds.items()}
+
+    def initial_adapters(self, key: jax.Array) -> Tree:
+        """Fresh adapter leaves, created where they belong."""
+        if not self.run.adapters:
+            return {}
+        make = lambda key: _adapter_leaves(adapters.init(self.module, self.base, key))
+        shapes = jax.eval_shape(make, key)
+        return jax.jit(make, out_shardings=sharding.shardings_for(shapes, self.mesh, RULES))(key)
+
+    def initial_state(self, trained: Tree, key: jax.Array) -> training.State:
+        """The state before the first step, created where it belongs; `trained` is given away."""
+        placements = jax.tree.map(lambda x: x.sharding, self.state)
+        make = functools.partial(training.init_state, tx=self.tx, key=key)
+        return jax.jit(make, out_shardings=placements)(trained)
+
+
+def assemble(run: Run, module: Any, base: Tree, mesh: Mesh) -> Assembly:
+    """Puts module, adapters, optimiser, objective and mesh together.
+
+    Args:
+        base: shapes of the base model's parameters.
+
+    Raises:
+        ValueError: a regex that matches nothing, or sizes that the mesh does not divide.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if run.batch_size % (ways * run.accumulate):
+        least = ways * run.accumulate
+        raise ValueError(
+            f"batch_size={run.batch_size} must be a multiple of data x fsdp x accumulate = {least}; "
+            f"try batch_size={-(-run.batch_size // least) * least}."
+        )
+    module = module.clone(dtype=jnp.dtype(run.compute_dtype), remat=run.remat, unroll=run.unroll)
+    params = base
+    if run.adapters:
+        module = adapters.attach(module, run.adapters)
+        params = jax.eval_shape(lambda key: adapters.init(module, base, key), jax.random.key(0))
+    chosen = _chosen(run, params)
+    trained, frozen = adapters.partition(params, chosen)
+    if not jax.tree.leaves(trained):
+        raise ValueError(f"trained={run.trained!r} matches no parameter; nothing would be trained.")
+    trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trained)
+    place = functools.partial(_placed, mesh=mesh)
+
+    tx = run.optimizer.transformation(run.steps)
+    trained = place(trained)
+    opt = optax.tree.map_params(
+        tx,
+        lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding),
+        jax.eval_shape(tx.init, trained),
+        trained,
+        transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)),
+    )
+    whole = sharding.replicated(mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = training.State(
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), trained, opt,
+        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
+    )  # fmt: skip
+
+    loss_fn = run.objective.loss_fn(module)
+    placements = jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(
+        _counting_tokens(training.make_train_step(loss_fn, tx, accumulate=run.accumulate)),
+        donate_argnums=0,
+        out_shardings=(placements, whole),
+    )
+    evaluate = jax.jit(training.make_evaluation_step(loss_fn), out_shardings=whole)
+    return Assembly(run, mesh, module, tx, place(base), state, place(_adapter_leaves(frozen)), step, evaluate)
+
+
+def _chosen(run: Run, params: Tree) -> Any:
+    """Path -> whether it is trained; None for the default of adapters."""
+    if run.trained is not None:
+        pattern = re.compile(run.trained)
+        return lambda path: pattern.search(path) is not None
+    return None if run.adapters else lambda path: True
+
+
+def _adapter_leaves(params: Tree) -> Tree:
+    return tree.partition(params, adapters.is_adapter)[0]
+
+
+def _placed(shapes: Tree, mesh: Mesh) -> Tree:
+    placements = sharding.shardings_for(shapes, mesh, RULES)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placements)
+
+
+def _counting_tokens(step: training.step.Step) -> training.step.Step:
+    """Adds to the metrics how many real tokens the batch had."""
+
+    def counted(state: training.State, frozen: Tree, batch: Any) -> Any:
+        state, metrics = step(state, frozen, batch)
+        return state, metrics | {"tokens": (batch["segment_ids"] > 0).sum()}
+
+    return counted
+
+

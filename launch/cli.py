@@ -1,0 +1,133 @@
+"""The command line: `jaxmethods train | generate | evaluate | export | plan`.
+
+Exit status: 0; 1 for a run that failed; 2 and one line for a wrong config, file or flag.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+COMMANDS: dict[str, str] = {
+    "train": "train CONFIG.py [--FIELD VALUE ...]: run a recipe; the same command again resumes",
+    "plan": "plan CONFIG.py [--FIELD VALUE ...]: what the run is, before it runs",
+    "generate": "generate DIR|MODEL --prompt TEXT: answer a prompt with a run's model or any other",
+    "evaluate": "evaluate NAME DIR|MODEL: measure on held-out rows (completion)",
+    "export": "export DIR --to OUT [--format hf|adapter]: write a run's model for others",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command and exits."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(__doc__.split("\n\n")[0] + "\n\n" + "\n".join(f"  {text}" for text in COMMANDS.values()))
+        print("\n`jaxmethods COMMAND --help` explains a command's options.")
+        sys.exit(0)
+    name, *rest = arguments
+    if name == "--version":
+        from jaxmethods import __version__
+
+        print(__version__)
+        sys.exit(0)
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        _fail(f"unknown command {name!r}; {hint}Commands: {', '.join(COMMANDS)}.", 2)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        _command(name)(rest)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    except KeyboardInterrupt:
+        _fail("interrupted; what was saved before is kept.", 130)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        if os.environ.get("JAXMETHODS_TRACEBACK"):
+            raise
+        _fail(" ".join(str(error).split()), 2)
+    except RuntimeError as error:
+        from jaxmethods.launch.train import RunFailed
+
+        out_of_memory = "RESOURCE_EXHAUSTED" in str(error)
+        if os.environ.get("JAXMETHODS_TRACEBACK") or not (isinstance(error, RunFailed) or out_of_memory):
+            raise
+        _fail(" ".join(str(error).split())[:600], 1)
+
+
+def _fail(text: str, status: int) -> None:
+    print(f"jaxmethods: {text}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _command(name: str) -> Callable[[list[str]], None]:
+    return {"train": _train, "plan": _plan, "generate": _generate, "evaluate": _evaluate, "export": _export}[name]
+
+
+def _run_of(command: str, arguments: list[str], extra: Any = None) -> Any:
+    """The Run of `CONFIG.py [overrides]`."""
+    import tyro
+
+    from jaxmethods.launch import config
+
+    positional = [a for a in arguments[:1] if not a.startswith("-")]
+    if not positional:
+        if {"-h", "--help"} & set(arguments):
+            print(f"usage: jaxmethods {COMMANDS[command]}\n\nGive a config before --help to see its fields with their values.")
+            sys.exit(0)
+        raise ValueError(f"{command} needs a config: jaxmethods {command} CONFIG.py")
+    run = config.load_config(positional[0])
+    # `--data PATH` is short for the training file.
+    rest = ["--data.train" + a.removeprefix("--data") if a == "--data" or a.startswith("--data=") else a for a in arguments[1:]]
+    return tyro.cli(
+        tyro.conf.AvoidSubcommands[config.Run],
+        prog=f"jaxmethods {command} {positional[0]}",
+        default=run,
+        args=rest,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+def _train(arguments: list[str]) -> None:
+    from jaxmethods.launch.train import train
+
+    train(_run_of("train", arguments))
+
+
+def _plan(arguments: list[str]) -> None:
+    from jaxmethods.launch.plan import plan, show
+
+    as_json = "--json" in arguments
+    run = _run_of("plan", [a for a in arguments if a != "--json"])
+    show(plan(run), as_json=as_json)
+
+
+def _generate(arguments: list[str]) -> None:
+    import tyro
+
+    from jaxmethods.launch.generate import Generate, generate
+
+    generate(tyro.cli(Generate, prog="jaxmethods generate", args=arguments))
+
+
+def _evaluate(arguments: list[str]) -> None:
+    import tyro
+
+    from jaxmethods.launch.evaluate import Evaluate, evaluate
+
+    evaluate(tyro.cli(Evaluate, prog="jaxmethods evaluate", args=arguments))
+
+
+def _export(arguments: list[str]) -> None:
+    import tyro
+
+    from jaxmethods.launch.export import Export, export
+
+    export(tyro.cli(Export, prog="jaxmethods export", args=arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""The config of a run: a frozen dataclass of plain values that round-trips through JSON.
+
+A recipe is a Python file that defines `config() -> Run`. The command line overrides its fields by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import re
+import sys
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxmethods import tree
+from jaxmethods.adapters import LoRA, SMoRE
+from jaxmethods.data import Data
+from jaxmethods.objectives import Supervised
+from jaxmethods.training import Optimizer
+
+AnyAdapter = LoRA | SMoRE
+AnyObjective = Supervised
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; -1 once: all that are left. Batch rows lie over data and fsdp, parameters over fsdp and tensor."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training run.
+
+    A checkpoint belongs to the run that made it: fields that change the result must be the same to resume.
+    """
+
+    model: str
+    """A folder in Hugging Face layout, a .gguf file, `package:DIST/FILE`, or a hub name."""
+    data: Data
+    """Where rows come from and how they become batches."""
+    workdir: str
+    """Where metrics, checkpoints and the picture go."""
+    adapters: dict[str, AnyAdapter] = dataclasses.field(default_factory=dict)
+    """Regex of layers -> adapter. Empty: every parameter is trained, or those that `trained` names."""
+    trained: str | None = None
+    """Regex of the parameters to train; by default the adapters' leaves, or all where there are no adapters."""
+    objective: AnyObjective = dataclasses.field(default_factory=Supervised)
+    """The loss."""
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    """AdamW with its schedule."""
+    steps: int = 1000
+    """Optimiser steps of the whole run."""
+    batch_size: int = 8
+    """Rows a step, over all devices and accumulated parts."""
+    accumulate: int = 1
+    """Parts a batch is cut into, to hold fewer activations."""
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    """How devices are arranged."""
+    seed: int = 0
+    """Of the adapters' start, dropout, and the order of the data."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of activations and matrix products."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of frozen parameters; trained ones are float32."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass computes again instead of keeping it."""
+    unroll: int = 1
+    """Layers a step of the layer scan."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; the last step is always saved."""
+    keep_latest: int = 2
+    """Checkpoints kept: the latest ones."""
+    keep_best: int = 1
+    """Checkpoints kept besides: those with the lowest evaluation loss."""
+    evaluate_every: int = 0
+    """Steps between evaluations on held-out rows; 0: none but at the end."""
+    evaluation_batch_size: int | None = None
+    """Rows a batch of the evaluation; by default `batch_size`."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is not finite does: ends the run, or skips the update and goes on."""
+    tensorboard: bool = False
+    """Write TensorBoard events beside metrics.jsonl (needs the tensorboardX package)."""
+    profile: tuple[int, int] | None = None
+    """First and last step of a profiler trace, written to the work folder."""
+    compilation_cache: str | None = "~/.cache/jaxmethods/compiled"
+    """Where compiled programs are kept between runs."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "keep_latest", "unroll"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("evaluate_every", "keep_best"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size={self.batch_size} must be a multiple of accumulate={self.accumulate}.")
+        for name, choices in (("compute_dtype", _DTYPES), ("param_dtype", _DTYPES), ("remat", ("none", "dots", "full")),
+                              ("on_nonfinite", ("stop", "skip"))):  # fmt: skip
+            tree.require_one_of(name, getattr(self, name), choices)
+        for pattern in (*self.adapters, *([self.trained] if self.trained else [])):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}.") from None
+
+
+_DTYPES = ("float32", "bfloat16")
+
+FREE_ON_RESUME = frozenset(
+    {"workdir", "checkpoint_every", "keep_latest", "keep_best", "evaluate_every", "evaluation_batch_size", "tensorboard",
+     "profile", "compilation_cache", "unroll", "remat", "mesh"}
+)  # fmt: skip
+"""Fields that may differ when a run is resumed: they change what is recorded or where it is computed, not what."""
+
+
+def load_config(path: str) -> Run:
+    """The Run that a recipe's `config()` returns.
+
+    Raises:
+        FileNotFoundError: no such file; names the nearest one.
+        ValueError: the file does not define `config() -> Run`, or a field is unknown or wrong.
+    """
+    file = Path(path)
+    if not file.is_file():
+        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")] if file.parent.is_dir() else [], 1, 0.5)
+        hint = f"; did you mean {file.parent / near[0]}?" if near else "."
+        raise FileNotFoundError(f"config {path} does not exist{hint}")
+    spec = importlib.util.spec_from_file_location("jaxmethods_config", file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"config {path} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    written = sys.dont_write_bytecode
+    sys.dont_write_bytecode = True  # a recipe is read, and leaves nothing behind
+    try:
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, "config", None)):
+            raise ValueError("it defines no function config()")
+        run = module.config()
+    except (FileNotFoundError, KeyboardInterrupt):
+        raise
+    except TypeError as error:
+        raise ValueError(f"config {path}: {_explain_field(str(error))}") from error
+    except Exception as error:
+        raise ValueError(f"config {path}: {error}") from error
+    finally:
+        sys.dont_write_bytecode = written
+    if not isinstance(run, Run):
+        raise ValueError(f"config {path}: config() returned {type(run).__name__}; it must return jaxmethods.launch.Run.")
+    return run
+
+
+def _explain_field(text: str) -> str:
+    """Turns Python's complaint about a keyword into one that suggests the nearest field."""
+    match = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
+    if not match:
+        return text
+    name, field = match.groups()
+    known = next(([f.name for f in dataclasses.fields(c)] for c in _classes(Run) if c.__name__ == name), [])
+    near = difflib.get_close_matches(field, known, 1)
+    return f"{name} has no field {field!r}" + (f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}.")
+
+
+def _classes(kind: Any, seen: frozenset[Any] = frozenset()) -> list[Any]:
+    """A dataclass and all dataclasses that its fields may hold."""
+    if dataclasses.is_dataclass(kind):
+        if kind in seen:
+            return []
+        found, seen = [kind], seen | {kind}
+        for hint in typing.get_type_hints(kind).values():
+            found += _classes(hint, seen)
+        return found
+    return [c for part in typing.get_args(kind) for c in _classes(part, seen)]
+
+
+def to_json(value: Any) -> Any:
+    """Plain JSON values; a dataclass becomes an object with its class under "kind"."""
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {"kind": type(value).__name__} | fields
+    if isinstance(value, dict):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(v) for v in value]
+    return value
+
+
+def from_json(value: Any) -> Any:
+    """Undoes `to_json`.
+
+    Raises:
+        ValueError: an unknown kind or field; names the nearest.
+    """
+    if isinstance(value, list):
+        return tuple(from_json(v) for v in value)
+    if not isinstance(value, dict):
+        return value
+    fields = {k: from_json(v) for k, v in value.items() if k != "kind"}
+    if "kind" not in value:
+        return fields
+    known = {c.__name__: c for c in _classes(Run)}
+    tree.require_one_of("kind", value["kind"], tuple(known))
+    try:
+        return known[value["kind"]](**fields)
+    except TypeError as error:
+        raise ValueError(_explain_field(str(error))) from error
+
+
+def read_json(path: Any) -> Run:
+    """The Run of a work folder's config.json."""
+    return typing.cast(Run, from_json(json.loads(path.read_text())))
+
+
+def differences(old: Run, new: Run) -> dict[str, tuple[Any, Any]]:
+    """{field: (old, new)} of the fields that matter to resuming and differ, nested ones by dotted names."""
+    one, two = (_flat(to_json(run)) for run in (old, new))
+    names = [n for n in one | two if n.split(".")[0] not in FREE_ON_RESUME]
+    return {n: (one.get(n), two.get(n)) for n in names if one.get(n) != two.get(n)}
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for name, part in value.items() for k, v in _flat(part, f"{prefix}.{name}" if prefix else name).items()}
+
+

@@ -1,0 +1,67 @@
+"""Opens what the other programs work on: a run's work folder, or any model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from jaxmethods import adapters, models, sharding, training, tree
+from jaxmethods.launch import config as run_config
+from jaxmethods.launch.assembly import assemble
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model that is ready to be asked."""
+
+    module: Any
+    params: tree.Tree
+    tokenizer: Any
+    run: run_config.Run | None
+    """The run it comes from; None for a plain model."""
+    step: int = 0
+
+    def base(self) -> Opened:
+        """The model before training: adapters off. A run that trained the base itself is opened anew."""
+        if self.run is None:
+            return self
+        if self.run.trained is not None or not self.run.adapters:
+            return open_model(self.run.model)
+        module, params = adapters.detach(self.module, self.params)
+        return dataclasses.replace(self, module=module, params=params, run=None)
+
+
+def is_run(path: str) -> bool:
+    """Whether a folder is a run's work folder."""
+    folder = epath.Path(path)
+    return (folder / "checkpoints").is_dir() and (folder / "config.json").is_file()
+
+
+def open_model(path: str, *, best: bool = False) -> Opened:
+    """Opens a work folder at its latest (or best) checkpoint, or a model as `models.load` does.
+
+    Raises:
+        ValueError: a work folder without a checkpoint that can be read.
+        FileNotFoundError: no such folder or model.
+    """
+    if not is_run(path):
+        module, params = models.load(path)
+        return Opened(module, params, models.load_tokenizer(path), None)
+    workdir = epath.Path(path)
+    run = run_config.read_json(workdir / "config.json")
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    run = dataclasses.replace(run, mesh=run_config.Mesh(1, 1, 1))
+    assembly = assemble(run, *models.shapes(run.model, dtype=jnp.dtype(run.param_dtype)), mesh)
+    checkpoints = training.Checkpoints(workdir / "checkpoints", keep_latest=run.keep_latest, keep_best=run.keep_best)
+    restored = checkpoints.restore(assembly.state, assembly.fixed, step=checkpoints.best() if best else None)
+    checkpoints.close()
+    if restored is None:
+        raise ValueError(f"{path} holds no checkpoint yet; train first.")
+    state, fixed = restored
+    _, base = models.load(run.model, dtype=jnp.dtype(run.param_dtype))
+    flat = tree.flatten(base) | tree.flatten(fixed) | tree.flatten(state.trained)
+    return Opened(assembly.module, tree.unflatten(flat), models.load_tokenizer(run.model), run, int(state.step))

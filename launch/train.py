@@ -1,0 +1,254 @@
+"""`jaxmethods train`: the run from its config to its last checkpoint, read from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from rich.console import Console
+
+from jaxmethods import data, models, sharding, training, tree
+from jaxmethods.launch import config as run_config
+from jaxmethods.launch import plot, progress
+from jaxmethods.launch.assembly import Assembly, assemble
+from jaxmethods.launch.config import Run
+from jaxmethods.launch.metrics import MetricsFile
+
+
+class RunFailed(RuntimeError):
+    """A run that could not go on; the message is all its user needs."""
+
+
+def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
+    """Trains, or goes on with what the work folder holds. Returns the last step's metrics.
+
+    Raises:
+        ValueError, FileNotFoundError: the config asks for something that cannot be; nothing was run.
+        RunFailed: the run had to stop, such as for a loss that is not finite.
+    """
+    main = jax.process_index() == 0
+    console = console or Console(stderr=False, quiet=not main)
+    workdir = epath.Path(run.workdir)
+    _claim(workdir, run)
+    if run.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(run.compilation_cache))
+
+    # Devices, model, data.
+    mesh = sharding.make_mesh({"data": run.mesh.data, "fsdp": run.mesh.fsdp, "tensor": run.mesh.tensor})
+    tokenizer = models.load_tokenizer(run.model)
+    rows, report = data.build(run.data, tokenizer)
+    held_out = data.build(run.data, tokenizer, split="evaluation")[0] if run.data.evaluation else None
+    batches = iter(data.batches(rows, batch_size=run.batch_size, seed=run.data.seed, **_process()))
+    assembly = assemble(run, *models.shapes(run.model, dtype=jnp.dtype(run.param_dtype)), mesh)
+    _, base = models.load(run.model, dtype=jnp.dtype(run.param_dtype), mesh=mesh)
+
+    # State: fresh, or from the latest good checkpoint.
+    init_key, run_key = jax.random.split(jax.random.key(run.seed))
+    checkpoints = training.Checkpoints(workdir / "checkpoints", keep_latest=run.keep_latest, keep_best=run.keep_best)
+    restored = checkpoints.restore(assembly.state, assembly.fixed, batches, say=console.print)
+    if restored is None:
+        trained, frozen = _split(assembly, base, assembly.initial_adapters(init_key))
+        state = assembly.initial_state(trained, run_key)
+        fixed = tree.partition(frozen, lambda path: path in tree.flatten(assembly.fixed))[0]
+    else:
+        state, fixed = restored
+        _, frozen = _split(assembly, base, fixed)
+    del base
+    first = int(state.step)
+    metrics_file = MetricsFile(workdir / "metrics.jsonl")
+    metrics_file.cut_after(first)
+    _announce(console, assembly, report, resumed=first)
+    if first >= run.steps:
+        console.print(f"{workdir} already holds all {run.steps} steps; nothing to do.")
+        return metrics_file.last() if main else {}
+
+    # The loop. Step n is dispatched before the metrics of step n - 1 are read: the device never waits for the host.
+    place = lambda batch: {k: jax.make_array_from_process_local_data(sharding.batch_sharding(mesh), v) for k, v in batch.items()}
+    stop = _stop_on_signals(console)
+    rate = run.optimizer.learning_rates(run.steps)
+    row: dict[str, Any] = {}
+    with stop as stopped, progress.Progress(run.steps, start=first, console=console, main=main) as bar, contextlib.ExitStack() as stack:
+        board = stack.enter_context(_tensorboard(workdir)) if run.tensorboard and main else None
+        clock = time.perf_counter()
+        pending: tuple[int, Any] | None = None
+
+        def finish(pending: tuple[int, Any], extra: dict[str, float] | None = None) -> dict[str, Any]:
+            """Reads a step's metrics, judges and records them."""
+            nonlocal clock
+            n, metrics = pending
+            values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+            now = time.perf_counter()
+            seconds, clock = now - clock, now
+            _judge(run, n, values, bar)
+            row = {
+                "step": n, "loss": values.pop("loss"), "tokens_per_second": values["tokens"] / seconds, "step_seconds": seconds,
+                "learning_rate": float(rate(n - 1)), **values, **(extra or {}),
+            }  # fmt: skip
+            if main:
+                metrics_file.append(row)
+                if board is not None:
+                    for name, value in row.items():
+                        board.add_scalar(name, value, n)
+            bar.update(n, row)
+            return row
+
+        for n in range(first + 1, run.steps + 1):
+            if run.profile and n == run.profile[0]:
+                jax.profiler.start_trace(str(workdir / "profile"))
+            batch = place(next(batches))
+            state, metrics = assembly.step(state, frozen, batch)
+            if pending is not None:
+                row = finish(pending)
+            pending = (n, metrics)
+            if run.profile and n == run.profile[1]:
+                jax.block_until_ready(metrics)
+                jax.profiler.stop_trace()
+
+            last = n == run.steps or stopped()
+            evaluating = held_out is not None and ((run.evaluate_every and n % run.evaluate_every == 0) or n == run.steps)
+            if not (last or evaluating or n % run.checkpoint_every == 0):
+                continue
+            jax.block_until_ready(metrics)
+            done = time.perf_counter()
+            extra = evaluate(assembly, state.trained, frozen, held_out, place) if evaluating else {}
+            clock += time.perf_counter() - done  # a step's seconds leave out the evaluation
+            row = finish(pending, extra)
+            pending = None
+            if last or n % run.checkpoint_every == 0:
+                done = time.perf_counter()
+                checkpoints.save(state, fixed, batches, extra)
+                clock += time.perf_counter() - done
+            if last:
+                break
+    checkpoints.close()
+    if main:
+        plot.draw_losses(workdir / "metrics.jsonl", workdir / "loss.png", title=workdir.name)
+        if row["step"] < run.steps:
+            console.print(f"stopped after step {row['step']} and saved; the same command goes on from there.")
+    return row
+
+
+def evaluate(
+    assembly: Assembly, trained: tree.Tree, frozen: tree.Tree, rows: Any, place: Callable[[Any], Any]
+) -> dict[str, float]:
+    """The loss on held-out rows, each once: {"evaluation_loss": nats a target token, ...}."""
+    sums: dict[str, tree.Mean] = {}
+    size = assembly.run.evaluation_batch_size or assembly.run.batch_size
+    for batch in data.evaluation_batches(rows, size, **_process()):
+        for name, mean in assembly.evaluate(trained, frozen, place(batch)).items():
+            sums[name] = sums[name] + mean if name in sums else mean
+    return {f"evaluation_{name}": float(mean.value()) for name, mean in jax.device_get(sums).items()}
+
+
+def _process() -> dict[str, int]:
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
+def _split(assembly: Assembly, base: tree.Tree, adapter_leaves: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
+    """(trained, frozen) arrays; trained ones in float32."""
+    flat = tree.flatten(base) | tree.flatten(adapter_leaves)
+    wanted = tree.flatten(assembly.state.trained)
+    trained, frozen = tree.partition(tree.unflatten(flat), lambda path: path in wanted)
+    return tree.cast(trained, jnp.float32), frozen
+
+
+def _claim(workdir: Any, run: Run) -> None:
+    """Makes the work folder, or checks that it is this run's."""
+    file = workdir / "config.json"
+    if file.exists():
+        try:
+            different = run_config.differences(run_config.read_json(file), run)
+        except ValueError as error:
+            raise ValueError(f"{file} is not a config of this version ({error}); choose another --workdir.") from error
+        if different:
+            shown = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in different.items())
+            raise ValueError(f"work folder {workdir} belongs to another run ({shown}); choose another --workdir or make them equal.")
+    elif workdir.exists() and any(workdir.iterdir()):
+        raise ValueError(f"work folder {workdir} is not empty and holds no config.json; choose another --workdir.")
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        partial = workdir / "config.json.partial"
+        partial.write_text(json.dumps(run_config.to_json(run), indent=2) + "\n")
+        partial.replace(file)
+
+
+def _judge(run: Run, step: int, values: dict[str, Any], bar: Any) -> None:
+    """Stops, or tells, when a step's loss or gradient was not finite; its update was not made."""
+    if values.pop("finite"):
+        return
+    what = f"loss {values['loss']}, gradient norm {values['gradient_norm']}"
+    text = f"step {step} (batch {step - 1} of data seed {run.data.seed}) gave a value that is not finite: {what}; its update was not made."
+    if run.on_nonfinite == "stop":
+        raise RunFailed(f"{text} Lower optimizer.learning-rate, or go on over such steps with --on-nonfinite skip.")
+    bar.say(text)
+
+
+@contextlib.contextmanager
+def _stop_on_signals(console: Console) -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether SIGTERM or Ctrl-C came; a second one interrupts at once.
+
+    With several processes the runtime's own preemption notice is used instead: a handler here would hide it.
+    """
+    if jax.process_count() > 1:
+        yield lambda: False
+        return
+    came: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+        console.print("stopping after this step; once more to stop at once.")
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _announce(console: Console, assembly: Assembly, report: Any, *, resumed: int) -> None:
+    """Says once what will happen."""
+    run, trained = assembly.run, tree.flatten(assembly.state.trained)
+    total, share = tree.count(assembly.frozen) + tree.count(assembly.state.trained), tree.count(assembly.state.trained)
+    paths = sorted({path.split("/adapter/")[0] for path in trained})
+    shown = ", ".join(paths[:4]) + (f", and {len(paths) - 4} more" if len(paths) > 4 else "")
+    mesh = " x ".join(f"{name}={size}" for name, size in assembly.mesh.shape.items())
+    progress.announce(
+        console,
+        f"{run.workdir}: {'resumes after step ' + str(resumed) if resumed else 'starts'}",
+        {
+            "model": f"{run.model} ({total / 1e6:,.1f} M parameters)",
+            "trained": f"{share:,} parameters ({share / total:.2%}) in {shown}",
+            "devices": f"{len(assembly.mesh.devices.flat)} x {assembly.mesh.devices.flat[0].device_kind} ({mesh})",
+            "data": str(report),
+            "step": f"{run.batch_size} rows x {run.data.sequence_length} tokens"
+            + (f" in {run.accumulate} parts" if run.accumulate > 1 else "")
+            + f", {run.compute_dtype}; {run.steps} steps",
+        },
+    )
+
+
+@contextlib.contextmanager
+def _tensorboard(workdir: Any) -> Iterator[Any]:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ValueError("tensorboard=True needs a package: pip install tensorboardX") from None
+    writer = SummaryWriter(str(workdir / "tensorboard"))
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+__all__ = ["RunFailed", "evaluate", "train"]
