@@ -80,8 +80,7 @@ def _run_of(command: str, arguments: list[str], extra: Any = None) -> Any:
             sys.exit(0)
         raise ValueError(f"{command} needs a config: jaxmethods {command} CONFIG.py")
     run = config.load_config(positional[0])
-    # `--data PATH` is short for the training file.
-    rest = ["--data.train" + a.removeprefix("--data") if a == "--data" or a.startswith("--data=") else a for a in arguments[1:]]
+    rest, run = _take_data(arguments[1:], run)
     return tyro.cli(
         tyro.conf.AvoidSubcommands[config.Run],
         prog=f"jaxmethods {command} {positional[0]}",
@@ -89,6 +88,21 @@ def _run_of(command: str, arguments: list[str], extra: Any = None) -> Any:
         args=rest,
         config=(tyro.conf.FlagConversionOff,),
     )
+
+
+def _take_data(arguments: list[str], run: Any) -> tuple[list[str], Any]:
+    """Takes `--data PATH` (training rows) and `--evaluation PATH` (held-out rows) out of the arguments."""
+    import dataclasses
+
+    rest = [part for a in arguments for part in (a.split("=", 1) if a.startswith(("--data=", "--evaluation=")) else [a])]
+    for flag, field in (("--data", "train"), ("--evaluation", "evaluation")):
+        while flag in rest:
+            at = rest.index(flag)
+            if at + 1 == len(rest) or rest[at + 1].startswith("--"):
+                raise ValueError(f"{flag} needs a path: {flag} ROWS.jsonl")
+            run = dataclasses.replace(run, data=dataclasses.replace(run.data, **{field: rest[at + 1]}))
+            del rest[at : at + 2]
+    return rest, run
 
 
 def _train(arguments: list[str]) -> None:

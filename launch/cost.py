@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,7 +101,7 @@ def _tally(jaxpr: Any, inputs: Sequence[int | None], path: str) -> _Tally:
     tally = _Tally()
     for eqn in _used_equations(body):
         values = [_value(v, known) for v in eqn.invars]
-        if eqn.primitive.name in ("convert_element_type", "copy"):
+        if eqn.primitive.name == "convert_element_type":
             known[eqn.outvars[0]] = values[0]
         tally.add(_equation(eqn, values, path))
     return tally
@@ -138,7 +138,7 @@ def _equation(eqn: JaxprEqn, values: list[int | None], path: str) -> _Tally:
         grid = params["grid_mapping"].grid
         inner = f"{path}pallas_call{list(grid)}/" if _is_static(grid) else f"{path}pallas_call/"
         body = _tally(params["jaxpr"], [None] * len(_open(params["jaxpr"]).invars), inner)
-        tally.add(body, math.prod(size for size in grid if isinstance(size, int)))
+        tally.add(body, math.prod(int(size) for size in grid if isinstance(size, int | np.integer)))
         if not _is_static(grid):
             tally.unknown_loops.append(f"{path}pallas_call: the grid depends on data")
     elif name == "custom_linear_solve":  # its other functions serve transposition
@@ -173,22 +173,21 @@ def _trips(eqn: JaxprEqn, values: list[int | None]) -> int | None:
     """How often a while loop runs that counts in constant strides from a known start to a known bound."""
     condition, body = _open(eqn.params["cond_jaxpr"]), _open(eqn.params["body_jaxpr"])
     in_condition, in_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    start = values[in_condition + in_body :]
-    carried = body.invars[in_body:]
     known = dict(zip(condition.invars, values[:in_condition], strict=False))
     body_known = dict(zip(body.invars, values[in_condition : in_condition + in_body], strict=False))
-    tests = condition.invars[in_condition:]
+    starts = values[in_condition + in_body :]
+    carried = zip(body.invars[in_body:], body.outvars, condition.invars[in_condition:], starts, strict=True)
     counters = {}
-    for before, after, tested, value in zip(carried, body.outvars, tests, start, strict=True):
+    for before, after, tested, start in carried:
         if after is before:  # handed on unchanged, as `fori_loop` does with its bound
-            known[tested] = body_known[before] = value
+            known[tested] = body_known[before] = start
         else:
-            counters[tested] = (before, after, value)
+            counters[tested] = (before, after, start)
 
-    test = next((e for e in condition.eqns if condition.outvars[0] in e.outvars), None)
+    test = _maker(condition.outvars[0], condition)
     if test is None or test.primitive.name not in _FLIPPED:
         return None
-    order, (left, right) = test.primitive.name, test.invars
+    order, (left, right) = test.primitive.name, (_uncast(v, condition) for v in test.invars)
     if not isinstance(left, Var) or left not in counters:  # bound > counter reads counter < bound
         order, left, right = _FLIPPED[order], right, left
     if not isinstance(left, Var) or left not in counters:
@@ -210,16 +209,27 @@ _FLIPPED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le"}
 
 def _stride(body: Jaxpr, before: Var, after: Any, known: _Known) -> int | None:
     """The constant that one trip adds to a counter."""
-    step = next((e for e in body.eqns if after in e.outvars), None)
+    step = _maker(_uncast(after, body), body)
     if step is None or step.primitive.name not in ("add", "sub"):
         return None
-    left, right = step.invars
+    left, right = (_uncast(v, body) for v in step.invars)
     if right is before and step.primitive.name == "add":
         left, right = right, left
     amount = _value(right, known)
     if left is not before or amount is None:
         return None
     return amount if step.primitive.name == "add" else -amount
+
+
+def _maker(v: Any, jaxpr: Jaxpr) -> JaxprEqn | None:
+    return next((eqn for eqn in jaxpr.eqns if any(v is out for out in eqn.outvars)), None)
+
+
+def _uncast(v: Any, jaxpr: Jaxpr) -> Any:
+    """The variable or literal of which `v` is a cast."""
+    while (maker := _maker(v, jaxpr)) is not None and maker.primitive.name == "convert_element_type":
+        v = maker.invars[0]
+    return v
 
 
 def _open(jaxpr: Any) -> Jaxpr:
@@ -241,7 +251,7 @@ def _padded(values: list[int | None], length: int) -> list[int | None]:
 
 
 def _is_static(grid: Sequence[Any]) -> bool:
-    return all(isinstance(size, int) for size in grid)
+    return all(isinstance(size, int | np.integer) for size in grid)
 
 
 # Rules: operations of one equation. All are exact integers.
@@ -275,7 +285,7 @@ def _addupdate(eqn: JaxprEqn) -> int:
     return math.prod(_shape(eqn.invars[1]))
 
 
-def _product(left: tuple[int, ...], right: tuple[int, ...], shared: Sequence[int]) -> int:
+def _product(left: tuple[int, ...], right: tuple[int, ...], shared: Collection[Any]) -> int:
     """2 x the left operand x those axes of the right one that the left one does not have."""
     return 2 * math.prod(left) * math.prod(n for axis, n in enumerate(right) if axis not in shared)
 
@@ -345,7 +355,7 @@ _PRODUCTS = ("dot_general", "ragged_dot_general", "ragged_dot", "conv_general_di
 # Primitives that run the one function they hold once.
 _CALLED_ONCE = """
     jit pjit closed_call core_call call checkpoint remat remat2 custom_jvp_call custom_vjp_call composite
-    custom_partitioning run_scoped run_state
+    custom_partitioning eval_jaxpr run_scoped run_state
 """
 _CALLS = frozenset(_CALLED_ONCE.split())
 
@@ -365,7 +375,7 @@ _GROUPS: dict[Callable[[JaxprEqn], int], str] = {
         reduce_or reduce_prod reduce_scatter reduce_sum reduce_xor
     """,
     _each_operand: "pmax pmin psum psum2 psum_invariant",
-    _each_update: "scatter-add scatter_add scatter-sub scatter_sub scatter_mul scatter_min scatter_max",
+    _each_update: "scatter-add scatter-sub scatter-mul scatter-min scatter-max",
     _addupdate: "addupdate",
     _window: "reduce_window reduce_window_max reduce_window_min reduce_window_sum select_and_gather_add",
     _scattered_window: "select_and_scatter_add",
@@ -432,7 +442,7 @@ def peak_flops(device: jax.Device | str) -> float | None:
     return next((peak for pattern, peak in _PEAKS if re.fullmatch(pattern, kind)), None)
 
 
-def mfu(flops_per_step: float, seconds: float, devices: Sequence[jax.Device | str]) -> float | None:
+def mfu(flops_per_step: float | int, seconds: float | int, devices: Sequence[jax.Device | str]) -> float | None:
     """The share of the devices' summed peak that a step of `seconds` reaches; None where a peak is not known.
 
     `flops_per_step` counts all devices together, as `count` does.

@@ -36,14 +36,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxmethods.adapters.base import Call, Result
 
 Params = dict[str, Any]
 """The nested dict of an adapter's leaves, as listed above."""
@@ -53,8 +56,6 @@ ACTIVATIONS = ("tanh", "relu", "identity", "prelu")
 GATE_ACTIVATIONS = ("relu", "tanh", "identity")
 VARIANTS = ("full", "star", "shared", "child")
 INITIALIZATIONS = ("w_final_zero", "eq_1_layer")
-
-_EXACT = jax.lax.Precision.HIGHEST  # routes are decided by small differences: no bfloat16 passes on accelerators
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,18 +177,29 @@ class SMoRE:
         return True
 
     @property
-    def has_aux(self) -> bool:
-        """Whether `aux_loss` can differ from zero."""
+    def has_loss(self) -> bool:
+        """Whether `apply` reports a balance loss."""
         return self.gate != "dense"
 
     @property
-    def needs_rng(self) -> bool:
+    def needs_key(self) -> bool:
         """Whether training draws random numbers."""
         return self.gate == "noisy_topk"
 
-    def init_leaves(self, key: Key[Array, ""], d_in: int, d_out: int) -> Params:
+    def init(self, key: Key[Array, ""], d_in: int, d_out: int) -> Params:
         """`init` in float32."""
         return init(key, d_in, d_out, self)
+
+    def apply(self, leaves: Params, call: Call) -> Result:
+        """y + delta, and the balance loss over the tokens that `call.token_mask` marks as real."""
+        delta, aux_loss = self.delta(leaves, call.x, token_mask=call.token_mask, key=call.key)
+        return Result(call.y + delta.astype(call.y.dtype), aux_loss if self.has_loss else None)
+
+    def merge(self, leaves: Params, kernel: Float[Array, "d_in d_out"]) -> Float[Array, "d_in d_out"]:
+        """Raises ValueError: each token has a tree of its own, so no kernel gives the same output."""
+        raise ValueError(
+            "S'MoRE depends on the token and cannot be merged into a kernel; export the adapter itself (--format adapter)."
+        )
 
     def delta(
         self,
@@ -278,78 +290,88 @@ def init(key: Key[Array, ""], d_in: int, d_out: int, spec: SMoRE, dtype: Any = j
 
 
 # Routing: from the top layer down -------------------------------------------------------------------------------
+#
+# Nodes of a layer are numbered slot by slot: node `slot * parents + parent`, so that a new level of the tree is a
+# concatenation of what its slots hold.
 
 
 class Routes(NamedTuple):
     """The tree of each token: entry l of both tuples is [tokens, f_{L-1}, ..., f_l], for layer l."""
 
     indices: tuple[Int[Array, "tokens ..."], ...]
-    """Which expert each child is; the children of one parent come by falling logit (dense: by index)."""
+    """Which expert each child is; the children of one parent come by falling logit (dense gate: by index)."""
     scores: tuple[Float[Array, "tokens ..."], ...]
-    """alpha of the edge from the parent."""
+    """alpha of the edge from its parent."""
+
+
+def route(
+    params: Params, x: Float[Array | np.ndarray, "tokens d_in"], spec: SMoRE, key: Key[Array, ""] | None = None
+) -> Routes:
+    """Which experts each token goes through, and with which weights (float32); `key=None` means without noise."""
+    _, token = _compress(params, jnp.asarray(x), spec)
+    choices = _choose(params["router"], token, spec, None, key)
+    axes = [spec.children[layer:] for layer in range(spec.layers)]
+    indices = [choice.chosen.argmax(0).reshape(*above, -1).T for choice, above in zip(choices, axes, strict=True)]
+    scores = [choice.scores().reshape(*above, -1).T for choice, above in zip(choices, axes, strict=True)]
+    return Routes(tuple(indices), tuple(scores))
 
 
 class _Choice(NamedTuple):
-    """What the gate of one layer decided, for each of its `parents` nodes."""
+    """What the gate of one layer decided, for each of its parents (nodes of the layer above)."""
 
-    chosen: Float[Array, "experts parents fanout tokens"]  # one-hot over experts
+    chosen: Float[Array, "experts fanout parents tokens"]  # one-hot over experts
     weights: Float[Array, "experts parents tokens"]  # alpha; 0 where not chosen
     loss: Float[Array, ""]
 
-    def scores(self) -> Float[Array, "parents fanout tokens"]:
-        return (self.chosen * self.weights[:, :, None]).sum(0)
+    def scores(self) -> Float[Array, "fanout parents tokens"]:
+        return jnp.stack([(self.chosen[:, slot] * self.weights).sum(0) for slot in range(self.chosen.shape[1])])
 
 
 def _choose(router: Params, token: Array, spec: SMoRE, valid: Array | None, key: Array | None) -> list[_Choice]:
-    """The gates' choices, bottom layer first. `token` is x_down, [router_dim, tokens]; `valid` is 1 at real tokens.
+    """The gates' choices, bottom layer first. `token` is x_down, [router_dim, tokens]; `valid` is true at real tokens.
 
     A gate sees the token and the keys of all ancestors. Its first linear map is applied to the token once, and to each
     possible key once; a node then adds up the rows of its ancestors.
     """
     gates = [router["gate"][str(layer)] for layer in range(spec.layers)]
     noisy = spec.gate == "noisy_topk"
-    first = [
-        jnp.concatenate([g["hidden"]["kernel"], g["noise"]["kernel"]], 1) if noisy and key is not None else g["hidden"]["kernel"]
-        for g in gates
-    ]
-    keys = [_unit(g["keys"], -1) if noisy else g["keys"] for g in gates]
-    act = _activation(spec.gate_activation)
+    keys = [_unit(gate["keys"], -1) if noisy else gate["keys"] for gate in gates]
+    first, bias = [], []  # what is applied to a gate's context: m_l columns, then s_l for the noise
+    for gate in gates:
+        maps = [gate["hidden"]["kernel"], gate["noise"]["kernel"]] if key is not None else [gate["hidden"]["kernel"]]
+        first.append(jnp.concatenate(maps, 1))
+        bias.append(jnp.pad(gate["hidden"]["bias"], (0, first[-1].shape[1] - gate["hidden"]["bias"].shape[0])))
 
-    from_token = jnp.concatenate([kernel[: spec.router_dim] for kernel in first], 1)
-    sums = _dot("ic,in->cn", from_token, token)[:, None]  # [columns of all layers, parents = 1, tokens]
+    act = _activation(spec.gate_activation)
+    sums = _dot("ic,in->cn", jnp.concatenate([kernel[: spec.router_dim] for kernel in first], 1), token)
+    sums = (sums + jnp.concatenate(bias)[:, None])[:, None]  # [columns of all layers, parents = 1, tokens]
     choices: list[_Choice] = []
     for layer in reversed(range(spec.layers)):
-        gate, columns = gates[layer], first[layer].shape[1]
-        sums, own = sums[: sums.shape[0] - columns], sums[sums.shape[0] - columns :]
-        m = spec.gate_dims[layer]
-        hidden = act(own[:m] + gate["hidden"]["bias"][:, None, None])
-        query = gate["query"]
+        gate, m, columns, fanout = gates[layer], spec.gate_dims[layer], first[layer].shape[1], spec.children[layer]
+        sums, own, noise = jax.lax.split(sums, (sums.shape[0] - columns, m, columns - m))
+        hidden, query = act(own), gate["query"]
         if noisy:
-            q = _dot("hm,hpn->mpn", query["kernel"], hidden) + query["bias"][:, None, None]
-            logits = _dot("sm,mpn->spn", keys[layer], _unit(q, 0))
-            noise_key = None if key is None else jax.random.fold_in(key, layer)
-            choice = _noisy_gate(logits, own[m:], spec.children[layer], valid, noise_key)
+            queries = _dot("hm,hpn->mpn", query["kernel"], hidden) + query["bias"][:, None, None]
+            logits = _dot("sm,mpn->spn", keys[layer], _unit(queries, 0))
+            choice = _noisy_gate(logits, noise, fanout, valid, None if key is None else jax.random.fold_in(key, layer))
         else:
             to_logits = _dot("hm,sm->hs", query["kernel"], keys[layer])
             offset = _dot("m,sm->s", query["bias"], keys[layer])
             logits = _dot("hs,hpn->spn", to_logits, hidden) + offset[:, None, None]
-            choice = (_dense_gate if spec.gate == "dense" else _switch_gate)(logits, spec.children[layer], valid)
+            choice = _dense_gate(logits) if spec.gate == "dense" else _switch_gate(logits, fanout, valid)
         choices.append(choice)
         if layer:
-            # Rows of the lower gates' first maps that read this layer's key.
-            start = [spec.router_dim + sum(spec.gate_dims[layer + 1 :])] * layer
-            rows = [kernel[i : i + m] for kernel, i in zip(first[:layer], start, strict=True)]
-            table = _dot("sm,mc->sc", keys[layer], jnp.concatenate(rows, 1))
-            sums = sums[:, :, None] + _dot("sc,spfn->cpfn", table, choice.chosen)
-            sums = sums.reshape(sums.shape[0], -1, sums.shape[-1])
+            row = spec.context_dims[layer]  # where the lower gates' first maps read this layer's key
+            table = _dot("sm,mc->sc", keys[layer], jnp.concatenate([kernel[row : row + m] for kernel in first[:layer]], 1))
+            chosen = choice.chosen.reshape(spec.experts[layer], -1, token.shape[1])
+            sums = jnp.concatenate([sums] * fanout, 1) + _dot("sc,spn->cpn", table, chosen)
     return choices[::-1]
 
 
-def _dense_gate(logits: Array, fanout: int, valid: Array | None) -> _Choice:
+def _dense_gate(logits: Array) -> _Choice:
     """Every expert, weighted by a softmax."""
-    experts, parents, tokens = logits.shape
-    chosen = jnp.broadcast_to(jnp.eye(experts, dtype=logits.dtype)[:, None, :, None], (experts, parents, experts, tokens))
-    return _Choice(chosen, jax.nn.softmax(logits, axis=0), jnp.zeros((), logits.dtype))
+    rank = jnp.broadcast_to(jnp.arange(logits.shape[0])[:, None, None], logits.shape)
+    return _Choice(_slots(rank, logits.shape[0], logits.dtype), jax.nn.softmax(logits, 0), jnp.zeros((), logits.dtype))
 
 
 def _switch_gate(logits: Array, fanout: int, valid: Array | None) -> _Choice:
@@ -357,16 +379,17 @@ def _switch_gate(logits: Array, fanout: int, valid: Array | None) -> _Choice:
 
     Loss: s * sum_e (share of selections)_e * (mean probability)_e over the rows (valid token, parent).
     """
-    experts, parents, _ = logits.shape
+    experts, parents, tokens = logits.shape
     rank = _rank(logits)
     kept = (rank < fanout).astype(logits.dtype)
-    probabilities = jax.nn.softmax(logits, axis=0)
+    probabilities = jax.nn.softmax(logits, 0)
     weights = probabilities * kept
     if fanout > 1:
         weights = weights / weights.sum(0)
-    rows = _rows(logits, valid)
+    rows = parents * (tokens if valid is None else valid.sum())
     selections, mass = _sum_rows(kept, valid), _sum_rows(probabilities, valid)
-    return _Choice(_slots(rank, fanout, logits.dtype), weights, experts * (selections * mass).sum() / rows**2)
+    loss = experts * (selections * mass).sum() / jnp.maximum(rows, 1).astype(logits.dtype) ** 2
+    return _Choice(_slots(rank, fanout, logits.dtype), weights, loss)
 
 
 def _noisy_gate(clean: Array, noise: Array, fanout: int, valid: Array | None, key: Array | None) -> _Choice:
@@ -376,16 +399,19 @@ def _noisy_gate(clean: Array, noise: Array, fanout: int, valid: Array | None, ke
     """
     logits = clean
     if key is not None:
+        if fanout == clean.shape[0]:
+            raise ValueError(
+                f"fanout={fanout} picks every expert of a layer, which leaves noisy_topk nothing to be noisy about in "
+                'training; lower fanout, add experts, or use gate="dense".'
+            )
         std = jax.nn.softplus(noise) + 0.01
         logits = clean + std * jax.random.normal(key, clean.shape, clean.dtype)
     rank = _rank(logits)
     kept = rank < fanout
-    if fanout > 1:
-        weights = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=0)
-    else:
-        weights = jnp.where(kept, logits, 0)
+    weights = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), 0) if fanout > 1 else jnp.where(kept, logits, 0)
     if key is not None:
-        # Chance to be kept were an expert's noise drawn again: above the best of those left out, or the least kept.
+        # The chance to be kept were an expert's noise drawn again: to beat the best of those left out (for an expert
+        # that is kept) or the least of those kept (for one that is not).
         left_out = jnp.where(rank == fanout, logits, 0).sum(0)
         least_kept = jnp.where(rank == fanout - 1, logits, 0).sum(0)
         load = jax.scipy.stats.norm.cdf((clean - jnp.where(kept, left_out, least_kept)) / std)
@@ -395,21 +421,16 @@ def _noisy_gate(clean: Array, noise: Array, fanout: int, valid: Array | None, ke
     return _Choice(_slots(rank, fanout, logits.dtype), weights, loss)
 
 
-def _rank(logits: Float[Array, "experts *rest"]) -> Int[Array, "experts *rest"]:
-    """Place of each expert by falling logit, the lower index first among equals: what top_k gives, without a sort."""
-    index = jnp.arange(logits.shape[0]).reshape(-1, *[1] * (logits.ndim - 1))
-    ahead = (logits[:, None] > logits[None]) | ((logits[:, None] == logits[None]) & (index[:, None] < index[None]))
-    return ahead.sum(0, dtype=jnp.int32)
+def _rank(logits: Float[Array, "experts parents tokens"]) -> Int[Array, "experts parents tokens"]:
+    """Place of each expert by falling logit, the lower index first among equals: top_k's order, without a sort."""
+    index = jnp.arange(logits.shape[0])[:, None, None]
+    return sum(  # type: ignore[return-value]
+        jnp.where(index > other, row >= logits, row > logits).astype(jnp.int32) for other, row in enumerate(logits)
+    )
 
 
-def _slots(rank: Array, fanout: int, dtype: Any) -> Float[Array, "experts parents fanout tokens"]:
-    return (rank[:, :, None] == jnp.arange(fanout)[:, None]).astype(dtype)
-
-
-def _rows(logits: Array, valid: Array | None) -> Array | float:
-    """How many (valid token, parent) rows there are, at least 1."""
-    parents, tokens = logits.shape[1:]
-    return float(max(parents * tokens, 1)) if valid is None else jnp.maximum(parents * valid.sum(), 1)
+def _slots(rank: Array, fanout: int, dtype: Any) -> Float[Array, "experts fanout parents tokens"]:
+    return (rank[:, None] == jnp.arange(fanout)[:, None, None]).astype(dtype)
 
 
 def _sum_rows(values: Float[Array, "experts parents tokens"], valid: Array | None) -> Float[Array, "experts"]:
@@ -424,12 +445,13 @@ def _squared_variation(values: Float[Array, "experts"]) -> Float[Array, ""]:
 
 
 def _unit(vectors: Array, axis: int) -> Array:
-    """Vectors of length 1 along `axis`; tiny ones stay tiny, with a finite gradient."""
+    """Vectors of length 1 along `axis`; a zero stays zero, with a finite gradient."""
     return vectors * jax.lax.rsqrt(jnp.maximum((vectors**2).sum(axis, keepdims=True), 1e-24))
 
 
 def _dot(form: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(form, a, b, precision=_EXACT)
+    """Products that decide routes: no bfloat16 passes on accelerators."""
+    return jnp.einsum(form, a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _activation(name: str, slope: Array | None = None) -> Callable[[Array], Array]:
@@ -438,7 +460,7 @@ def _activation(name: str, slope: Array | None = None) -> Callable[[Array], Arra
     return {"tanh": jnp.tanh, "relu": jax.nn.relu, "identity": lambda x: x}[name]
 
 
-# Aggregation: from the bottom layer up ---------------------------------------------------------------------------
+# Aggregation: from the bottom layer up --------------------------------------------------------------------------
 
 
 def apply(
@@ -449,46 +471,85 @@ def apply(
     token_mask: Bool[Array | np.ndarray, "tokens"] | None = None,
     key: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, "tokens d_out"], Float[Array, ""]]:
-    """What the adapter adds to the frozen map's output, and the gates' loss times `balance_weight` (float32).
+    """What the adapter adds to the frozen map's output, and the gates' loss times `balance_weight`.
 
     `delta` has x's dtype; routing and loss are computed in float32. `token_mask` is true at real tokens; padded ones
-    are left out of the loss only. `key=None` means inference: no noise. The loss is 0 without a real token.
-    Raises ValueError when noise is asked for and every expert of a layer is picked.
+    are left out of the loss only, which is 0 without a real token. `key=None` means inference: no noise.
+    Raises ValueError when noise is asked for but a layer picks all its experts.
     """
     x = jnp.asarray(x)
-    h, token = _compress(params, x)
+    compressed, token = _compress(params, x, spec)
     valid = None if token_mask is None else jnp.asarray(token_mask)
-    choices = _choose(params["router"], token, spec, valid, key)
+    choices = _choose(params["router"], token, spec, valid, key if spec.needs_key else None)
     aux_loss = spec.balance_weight * sum(choice.loss for choice in choices)
 
     experts = jax.tree.map(lambda leaf: leaf.astype(x.dtype), params["experts"])
-    widths, tokens = spec.widths, x.shape[0]
-    state: Any = None  # x_l of each node, [d_l, nodes of layer l, tokens]
-    for layer, (s, r, choice) in enumerate(zip(spec.experts, spec.ranks, choices, strict=True)):
+    state: Any = None  # x_l of each node of layer l, [d_l, nodes, tokens]
+    for layer, (own, choice) in enumerate(zip(compressed, choices, strict=True)):
+        s, fanout, parents, tokens = choice.chosen.shape
+        own = own.reshape(s, -1, tokens)
+        b = jax.tree.map(lambda leaf, scale=spec.scales[layer]: scale * leaf, experts["b"][str(layer)])
         act = _activation(spec.activation, experts["slope"][layer] if "slope" in experts else None)
-        own = h[widths[layer] : widths[layer + 1]]
-        b_kernel, b_bias = (spec.scales[layer] * experts["b"][str(layer)][name] for name in ("kernel", "bias"))
         if layer == 0:
             # The lowest nodes have no state of their own: each expert is computed once, then mixed for every parent.
-            terms = act(jnp.einsum("srd,srn->sdn", b_kernel, own.reshape(s, r, tokens)) + b_bias[..., None])
-            state = (terms[:, :, None] * choice.weights.astype(x.dtype)[:, None]).sum(0)
+            terms = act(jnp.einsum("srd,srn->sdn", b["kernel"], own) + b["bias"][..., None])
+            state = _mix(choice.weights.astype(x.dtype), terms[:, :, None])
         else:
-            parents, fanout = choice.chosen.shape[1:3]
+            # B A x of a node's expert and W x_l in one product: A x is set to zero but for the node's expert.
             chosen = choice.chosen.astype(x.dtype).reshape(s, -1, tokens)
-            picked = (chosen[:, None] * own.reshape(s, r, 1, tokens)).reshape(s * r, -1, tokens)
-            inputs = jnp.concatenate([state, picked, chosen])
+            picked = jnp.stack([chosen[:, node, None] * own for node in range(fanout * parents)], 2)
+            inputs = jnp.concatenate([state, picked.reshape(-1, *picked.shape[2:]), chosen])
             w = experts["w"][str(layer)]
-            kernel = jnp.concatenate([w["kernel"], b_kernel.reshape(s * r, -1), b_bias])
+            kernel = jnp.concatenate([w["kernel"], b["kernel"].reshape(picked.shape[0] * picked.shape[1], -1), b["bias"]])
             terms = act(jnp.einsum("kd,kmn->dmn", kernel, inputs) + w["bias"][:, None, None])
-            terms = terms.reshape(-1, parents, fanout, tokens)
-            state = (terms * choice.scores().astype(x.dtype)).sum(2)
+            terms = terms.reshape(-1, fanout, parents, tokens).swapaxes(0, 1)
+            state = _mix(choice.scores().astype(x.dtype), terms)
     delta = jnp.einsum("kn,ko->no", state[:, 0], experts["proj"]["kernel"]) + experts["proj"]["bias"]
-    return delta, aux_loss.astype(jnp.float32)
+    return delta, jnp.asarray(aux_loss, jnp.float32)
 
 
-def _compress(params: Params, x: Array) -> tuple[Array, Array]:
-    """A x + a of all experts [d_L, tokens] in x's dtype, and x_down [router_dim, tokens] in float32."""
+def _compress(params: Params, x: Array, spec: SMoRE) -> tuple[list[Array], Array]:
+    """A x + a of each layer's experts, [s_l r_l, tokens], in x's dtype; x_down [router_dim, tokens], at least float32."""
     a, down = params["experts"]["a"], params["router"]["down"]
-    both = jnp.concatenate([a["kernel"], down["kernel"]], 1)
-    out = jnp.einsum("dc,nd->cn", both, x) + jnp.concatenate([a["bias"], down["bias"]])[:, None]
-    return out[: a["kernel"].shape[1]], out[a["kernel"].shape[1] :]
+    sizes = tuple(s * r for s, r in zip(spec.experts, spec.ranks, strict=True))
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    if x.dtype == wide:  # one product reads x once
+        both = jax.tree.map(lambda *leaves: jnp.concatenate([leaf.astype(wide) for leaf in leaves], -1), a, down)
+        *own, token = jax.lax.split(jnp.einsum("dc,nd->cn", both["kernel"], x) + both["bias"][:, None], (*sizes, spec.router_dim))
+        return own, token
+    terms = jnp.einsum("dc,nd->cn", a["kernel"].astype(x.dtype), x) + a["bias"].astype(x.dtype)[:, None]
+    token = _dot("dc,nd->cn", down["kernel"].astype(wide), x.astype(wide)) + down["bias"].astype(wide)[:, None]
+    return list(jax.lax.split(terms, sizes)), token
+
+
+@jax.custom_vjp
+def _mix(weights: Array, terms: Array) -> Array:
+    """sum_c weights[c, p, n] terms[c, d, p, n], as [d, p, n]; an axis p of size 1 in `terms` is shared by all parents.
+
+    Written out over the tiny axes c and p, in both directions, since XLA's CPU reductions over them take ten times as
+    long as the additions.
+    """
+    return _add(weight * term for weight, term in zip(weights, terms, strict=True))
+
+
+def _mix_forward(weights: Array, terms: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _mix(weights, terms), (weights, terms)
+
+
+def _mix_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    weights, terms = saved
+    for_weights = terms * cotangent
+    while for_weights.shape[1] % 2 == 0:
+        for_weights = _add(jax.lax.split(for_weights, (for_weights.shape[1] // 2,) * 2, 1))
+    if terms.shape[2] == 1:
+        for_terms = _add(weights[:, None, p] * cotangent[:, p] for p in range(weights.shape[1]))[:, :, None]
+    else:
+        for_terms = weights[:, None] * cotangent
+    return for_weights.sum(1), for_terms
+
+
+_mix.defvjp(_mix_forward, _mix_backward)
+
+
+def _add(arrays: Iterable[Array]) -> Array:
+    return functools.reduce(jnp.add, arrays)

@@ -81,7 +81,7 @@ def build(
     Training rows of several sources come as a `Mixture`, evaluation rows one source after the other; hand
     them to `batches` or `evaluation_batches`.
 
-    Raises ValueError where there is no data, or both kinds; and what `open_records` and `Renderer` raise.
+    Raises ValueError where data are missing or come from both; and what `open_records` and `Renderer` raise.
     """
     sources = as_sources(data.train if split == "train" else data.evaluation)
     if rows is not None and sources:
@@ -127,8 +127,8 @@ def _fitting(
     rendered: Iterable[tuple[str, Example]], length: int, bos_id: int | None, counts: dict[str, int]
 ) -> Iterator[Example]:
     """The examples in at most `length` tokens; counts what was done to them."""
-    for kind, example in rendered:
-        if kind == "text":
+    for form, example in rendered:
+        if form == "text":
             pieces = split_text(example, length)
             counts["texts_split"] += len(pieces) > 1
         else:

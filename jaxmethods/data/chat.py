@@ -82,17 +82,17 @@ class Renderer:
         self.source = source or Source("rows given in memory")
 
     def __call__(self, row: Record, place: Place | str = "this row") -> Example:
-        kind = self._kind_of(row, place) if self.source.kind == "auto" else self.source.kind
-        return self._tokenise([self._rendering(row, kind, place)])[0]
+        form = self._form_of(row, place) if self.source.form == "auto" else self.source.form
+        return self._tokenise([self._rendering(row, form, place)])[0]
 
     def many(self, placed: Iterable[tuple[Place, Record]]) -> Iterator[tuple[str, Example]]:
-        """(kind, example) of every row, tokenised some hundred at a time; the first row settles "auto"."""
-        kind, rows = self.source.kind, iter(placed)
+        """(form, example) of every row, tokenised some hundred at a time; the first row settles the form."""
+        form, rows = self.source.form, iter(placed)
         while chunk := list(islice(rows, _ROWS_AT_ONCE)):
-            if kind == "auto":
-                kind = self._kind_of(chunk[0][1], chunk[0][0])
-            for example in self._tokenise([self._rendering(row, kind, place) for place, row in chunk]):
-                yield kind, example
+            if form == "auto":
+                form = self._form_of(chunk[0][1], chunk[0][0])
+            for example in self._tokenise([self._rendering(row, form, place) for place, row in chunk]):
+                yield form, example
 
     def prompt(self, prompt: str | Sequence[Message]) -> Int32[np.ndarray, " time"]:
         """See `prompt_tokens`."""
@@ -108,30 +108,30 @@ class Renderer:
 
     # Rows to text
 
-    def _kind_of(self, row: Record, place: Place | str) -> str:
-        fields = {kind: self.source.fields(kind) for kind in ("answer", "chat", "text")}
-        fits = [kind for kind, names in fields.items() if all(name in row for name in names)]
+    def _form_of(self, row: Record, place: Place | str) -> str:
+        fields = {form: self.source.fields(form) for form in ("answer", "chat", "text")}
+        fits = [form for form, names in fields.items() if all(name in row for name in names)]
         if len(fits) == 1:
             return fits[0]
         if fits:
-            raise ValueError(f"{place} can be read as {' or '.join(fits)}; say which with Source(kind=...).")
+            raise ValueError(f"{place} can be read as {' or '.join(fits)}; say which with Source(form=...).")
         wanted = " nor ".join("+".join(map(repr, names)) for names in fields.values())
         raise ValueError(
             f"{place} has neither {wanted}; its fields are {_names(row)}. Name yours, as in Source(answer='...')."
         )
 
-    def _rendering(self, row: Record, kind: str, place: Place | str) -> Rendering:
-        if kind == "text":
+    def _rendering(self, row: Record, form: str, place: Place | str) -> Rendering:
+        if form == "text":
             text = _text(row, self.source.text, place)
             _not_blank(text, f"field {self.source.text!r}", place)
             ends = self.tokenizer.eos_token_id is not None
             return Rendering([Piece(text, _ALL)], bos=self._puts_bos, eos=ends)
-        if kind == "chat":
+        if form == "chat":
             messages = _messages(row, self.source.messages, place)
             if not self.tokenizer.chat_template:
                 raise ValueError(f"{place}: chat rows need a chat template, which this tokenizer lacks; set one.")
             return self._conversation(messages, place)
-        prompt, answer = (_text(row, name, place) for name in self.source.fields(kind))
+        prompt, answer = (_text(row, name, place) for name in self.source.fields(form))
         _not_blank(answer, f"field {self.source.answer!r}", place)
         if self.tokenizer.chat_template:
             asked, said = {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}

@@ -8,11 +8,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-KINDS = ("auto", "answer", "chat", "text")
+FORMS = ("auto", "answer", "chat", "text")
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Source:
     prompt, answer: fields of question-and-answer rows (text, text).
     messages: field of chat rows (a list of {"role", "content"}).
     text: field of plain rows, where every token is a target.
-    kind: "answer", "chat" or "text"; "auto" takes the one kind whose fields the first row has.
+    form: of the rows, "answer", "chat" or "text"; "auto" takes the one whose fields the first row has.
     """
 
     path: str
@@ -34,7 +33,7 @@ class Source:
     answer: str = "answer"
     messages: str = "messages"
     text: str = "text"
-    kind: str = "auto"
+    form: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -43,32 +42,31 @@ class Source:
             raise ValueError(
                 f"{self.path}: weight={self.weight} must be a positive number; leave the source out instead."
             )
-        if self.kind not in KINDS:
-            raise ValueError(f"{self.path}: kind={self.kind!r} is none of {', '.join(KINDS)}.")
+        if self.form not in FORMS:
+            raise ValueError(f"{self.path}: form={self.form!r} is none of {', '.join(FORMS)}.")
         for field in ("prompt", "answer", "messages", "text"):
             if not getattr(self, field):
                 raise ValueError(f"{self.path}: the name of the {field} field is empty.")
 
-    def fields(self, kind: str) -> tuple[str, ...]:
-        """The fields that a row of this kind must have."""
-        return {"answer": (self.prompt, self.answer), "chat": (self.messages,), "text": (self.text,)}[kind]
+    def fields(self, form: str) -> tuple[str, ...]:
+        """The fields that a row of this form must have."""
+        return {"answer": (self.prompt, self.answer), "chat": (self.messages,), "text": (self.text,)}[form]
 
 
 @dataclass(frozen=True)
 class Data:
     """The data of a run.
 
-    train, evaluation: a path, a `Source`, or several; read from JSON they may also be dicts. Stored as tuples
-      of `Source`. Training sources are mixed by weight; evaluation reads every row once, so weights are
-      refused there.
+    train, evaluation: a path, a `Source`, or several; kept as a tuple of `Source`. Training sources are
+      mixed by weight; evaluation reads every row once, so weights are refused there.
     sequence_length: tokens a row of a batch; longer examples are cut (`jaxmethods.data.truncate`).
     pack: lay several examples into one row, separated by `segment_ids`; else one example a row.
     evaluation_rows: read only the first so many rows of each evaluation source; None reads all.
     seed: of the order of the training rows.
     """
 
-    train: tuple[Source, ...] | Source | str = ()
-    evaluation: tuple[Source, ...] | Source | str = ()
+    train: Sequence[Source | str] | Source | str = ()
+    evaluation: Sequence[Source | str] | Source | str = ()
     sequence_length: int = 1024
     pack: bool = True
     evaluation_rows: int | None = None
@@ -91,19 +89,12 @@ class Data:
             raise ValueError(f"seed={self.seed} must not be negative.")
 
 
-def as_sources(given: Any) -> tuple[Source, ...]:
-    """A path, a Source, a dict of its fields, or a sequence of these, as a tuple of Source."""
-    if given is None:
-        return ()
+def as_sources(given: Sequence[Source | str] | Source | str) -> tuple[Source, ...]:
+    """A path, a Source, or several of these, as a tuple of Source."""
     if isinstance(given, Source):
         return (given,)
     if isinstance(given, str):
         return (Source(given),)
-    if isinstance(given, Mapping):
-        try:
-            return (Source(**given),)
-        except TypeError as error:
-            raise ValueError(f"a Source cannot be made of {dict(given)}: {error}.") from error
-    if isinstance(given, (list, tuple)):
-        return tuple(source for part in given for source in as_sources(part))
-    raise ValueError(f"data must be a path, a Source or a list of these; got {given!r}.")
+    if not all(isinstance(part, Source | str) for part in given):
+        raise ValueError(f"data must be paths or Sources; got {given!r}.")
+    return tuple(source for part in given for source in as_sources(part))

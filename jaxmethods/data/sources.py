@@ -102,8 +102,8 @@ def open_records(path: str) -> Records:
     return records
 
 
-def records_in_memory(rows: Sequence[Record]) -> Records:
-    """A list of dicts as records. Raises ValueError where it is empty."""
+def records_in_memory(rows: Sequence[Any]) -> Records:
+    """A list of dicts as records. Raises ValueError where it is empty; what is no dict, when it is reached."""
     if not len(rows):
         raise ValueError("the rows given in memory are an empty list; give at least one.")
     return _Listed("rows given in memory", rows)

@@ -30,6 +30,8 @@ def resolve(path: str | os.PathLike[str], *, weights: bool = True) -> Path:
     text = os.fspath(path)
     if text.startswith("package:"):
         return _in_package(text)
+    if not text:
+        raise FileNotFoundError("the path of the model is empty: no such folder or .gguf file.")
     local = Path(text).expanduser()
     if local.is_dir() or (local.is_file() and local.suffix == ".gguf"):
         return local

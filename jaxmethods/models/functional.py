@@ -1,10 +1,12 @@
 """What losses, generation and evaluation ask of a language model: hidden states, logits, log-probabilities of tokens.
 
-They work on any module that is called like `Decoder`, also with adapters attached.
+They work on any module that is called like `Decoder`, also with adapters attached. `logits` and `sequence_logps` are
+compiled once for each module and shape; the others are plain functions to build steps from.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -52,6 +54,7 @@ def logits_of(
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def logits(
     module: Any, params: Tree, tokens: Tokens, mask: Mask | None = None, **inputs: Any
 ) -> Float[Array, "batch time vocab"]:
@@ -108,5 +111,9 @@ def sequence_logps(
     """
     if images is not None:
         raise ValueError(f"{type(module).__name__} reads no images; leave images=None.")
-    logps, _ = target_logps(module, params, tokens, target_mask, mask)
-    return logps.sum(axis=-1)
+    return _sequence_logps(module, params, tokens, target_mask, mask)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sequence_logps(module: Any, params: Tree, tokens: Any, target_mask: Any, mask: Any) -> Float[Array, "batch"]:
+    return target_logps(module, params, tokens, target_mask, mask)[0].sum(axis=-1)

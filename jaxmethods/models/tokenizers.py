@@ -42,14 +42,27 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     known = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if not any((found / name).is_file() for name in known):
         raise FileNotFoundError(f"{found} has no tokenizer: none of {', '.join(known)}.")
-    from transformers import AutoTokenizer
-
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(found), local_files_only=True, trust_remote_code=False)
+        if _says_all(found):
+            from transformers import PreTrainedTokenizerFast
+
+            tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(found), **options)
+        else:
+            from transformers import AutoTokenizer  # imports torch where it is installed
+
+            tokenizer = AutoTokenizer.from_pretrained(str(found), **options)
     except Exception as error:  # transformers and tokenizers raise many kinds, bare Exception among them
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise ValueError(f"{found}: its tokenizer cannot be read ({type(error).__name__}: {reason}).") from None
     return tokenizer
+
+
+def _says_all(folder: Path) -> bool:
+    """Whether tokenizer.json is the whole of a tokenizer: no class of its own adds to it."""
+    config = folder / "tokenizer_config.json"
+    named = files.read_json(config).get("tokenizer_class") if config.is_file() else None
+    return (folder / "tokenizer.json").is_file() and named in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def tokenizer_from_gguf(file: Gguf) -> PreTrainedTokenizerFast:
@@ -84,10 +97,16 @@ def tokenizer_from_gguf(file: Gguf) -> PreTrainedTokenizerFast:
         raise ValueError(f"{file.path}: tokenizer.{missing[0]} is missing; {instead}")
 
     tokens, pattern = told["ggml.tokens"], _CUTS[cut]
+    pointers = [value for key, value in told.items() if key.endswith("_token_id")]
+    if len(told["ggml.token_type"]) != len(tokens) or any(not 0 <= pointer < len(tokens) for pointer in pointers):
+        raise ValueError(f"{file.path}: the tokenizer's fields contradict each other; {instead}")
     llama3 = pattern == _LLAMA3
     merges = [tuple(merge.split(" ")) for merge in told["ggml.merges"]]
     # Llama 3 takes a piece that is a token whole, even where no merges lead to it.
-    bpe = models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=llama3)
+    try:
+        bpe = models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=llama3)
+    except Exception as error:  # tokenizers raises no narrower kind
+        raise ValueError(f"{file.path}: the tokenizer's merges do not fit its tokens ({error}); {instead}") from None
     backend = Tokenizer(bpe)
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern in (None, "digits"))
     first: list[Any] = []

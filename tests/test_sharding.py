@@ -1,0 +1,47 @@
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxmethods import models, sharding
+from tests import tiny
+
+
+def test_a_mesh_fills_the_axis_that_is_left_open():
+    assert dict(sharding.make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4]).shape) == {"data": 2, "fsdp": 1, "tensor": 2}
+    assert dict(sharding.make_mesh({"tensor": 2, "fsdp": -1}).shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert dict(sharding.make_mesh().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("axes", "says"),
+    [
+        ({"fsdp": 3}, "there are 8"),
+        ({"data": -1, "fsdp": -1}, "at most once"),
+        ({"fsdp": 0}, "must be positive"),
+        ({"model": 8}, "'model' is unknown"),
+        ({"tensor": 3, "fsdp": -1}, "product is 8"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_by_name(axes, says):
+    with pytest.raises(ValueError, match=says):
+        sharding.make_mesh(axes)
+
+
+def test_rules_skip_the_scanned_axis_and_what_does_not_divide():
+    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    spec = lambda path, shape: sharding.spec_for(path, shape, mesh, models.RULES)
+    assert spec("model/layers/mlp/up_proj/kernel", (3, 32, 48)) == P(None, "fsdp", "tensor")
+    assert spec("model/layers/mlp/down_proj/kernel", (3, 48, 30)) == P(None, "tensor", None)  # 30 is no multiple of 4
+    assert spec("model/norm/scale", (32,)) == P()
+    assert spec("model/embed_tokens/embedding", (61, 32)) == P(None, "fsdp")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2"])
+def test_every_matrix_of_a_decoder_has_a_rule(family):
+    _, params = tiny.decoder(family)
+    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    from jaxmethods import tree
+
+    for path, leaf in tree.flatten(params).items():
+        if path.endswith(("kernel", "embedding")) and min(leaf.shape[-2:]) % 8 == 0:
+            assert any(sharding.spec_for(path, leaf.shape, mesh, models.RULES)), path

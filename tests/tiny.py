@@ -1,0 +1,56 @@
+"""Small real models for tests: random weights, every feature of a family, nothing downloaded."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmethods import models
+
+
+def decoder(family: str = "llama", **changes) -> tuple[models.Decoder, dict]:
+    """A three-layer decoder of width 32 and 61 tokens, with random parameters (norms and biases too)."""
+    switches = {
+        "llama": {"rope_scaling": models.RopeScaling(8.0, 1.0, 4.0, 16)},
+        "mistral": {"sliding_window": 5},
+        "qwen2": {"attention_bias": True, "tie_embeddings": True},
+        "qwen3": {"qk_norm": True, "head_dim": 12},
+        "gemma2": {
+            "activation": "gelu_tanh", "sliding_window": 4, "window_layers": (True, False, True), "attention_softcap": 5.0,
+            "final_softcap": 3.0, "query_scale": 0.2, "post_norms": True, "embedding_scale": True, "norm_plus_one": True,
+            "tie_embeddings": True,
+        },
+    }[family]  # fmt: skip
+    config = models.DecoderConfig(
+        **dict(
+            family=family, vocab_size=61, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2,
+            head_dim=8, eos_ids=(2,),
+        ) | switches | changes
+    )  # fmt: skip
+    module = models.Decoder(config)
+    params = module.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return module, jax.tree.unflatten(structure, noisy)
+
+
+def batch(rows: int = 4, length: int = 16, seed: int = 0, vocab: int = 61) -> dict[str, np.ndarray]:
+    """Rows of one to three segments with padding behind, as the data room lays them out."""
+    rng = np.random.default_rng(seed)
+    made = {
+        "tokens": rng.integers(3, vocab, (rows, length)).astype(np.int32),
+        "target_mask": np.zeros((rows, length), bool),
+        "segment_ids": np.zeros((rows, length), np.int32),
+        "positions": np.zeros((rows, length), np.int32),
+    }
+    for row in range(rows):
+        start = 0
+        for segment, size in enumerate(rng.integers(4, 7, rng.integers(1, 4)), 1):
+            place = slice(start, min(start + size, length))
+            made["segment_ids"][row, place] = segment
+            made["positions"][row, place] = np.arange(place.stop - place.start)
+            made["target_mask"][row, place] = np.arange(place.stop - place.start) >= 2
+            start = place.stop
+    return made
