@@ -35,7 +35,7 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
         RunFailed: the run had to stop, such as for a loss that is not finite.
     """
     main = jax.process_index() == 0
-    console = console or Console(stderr=False, quiet=not main)
+    console = progress.tolerant(console or Console(quiet=not main))
     workdir = epath.Path(run.workdir)
     _claim(workdir, run)
     if run.compilation_cache:
@@ -64,7 +64,8 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
     del base
     first = int(state.step)
     metrics_file = MetricsFile(workdir / "metrics.jsonl")
-    metrics_file.cut_after(first)
+    if main:
+        metrics_file.cut_after(first)
     _announce(console, assembly, report, resumed=first)
     if first >= run.steps:
         console.print(f"{workdir} already holds all {run.steps} steps; nothing to do.")
@@ -124,11 +125,13 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
             pending = None
             if last or n % run.checkpoint_every == 0:
                 done = time.perf_counter()
+                metrics_file.sync()
                 checkpoints.save(state, fixed, batches, extra)
                 clock += time.perf_counter() - done
             if last:
                 break
     checkpoints.close()
+    metrics_file.close()
     if main:
         plot.draw_losses(workdir / "metrics.jsonl", workdir / "loss.png", title=workdir.name)
         if row["step"] < run.steps:

@@ -18,15 +18,15 @@ Leaves (kernels are [in, out]; every list of a spec and every index l runs from 
 d_{l+1} = d_l + s_l r_l, with s_l experts of rank r_l):
 
     experts/a/{kernel [d, d_L], bias [d_L]}                    all experts of all layers side by side: layer, expert, rank
-    experts/b/L/{kernel [s_l, r_l, d_{l+1}], bias [s_l, d_{l+1}]}
-    experts/w/L/{kernel [d_l, d_{l+1}], bias [d_{l+1}]}         l >= 1
+    experts/b/{l}/{kernel [s_l, r_l, d_{l+1}], bias [s_l, d_{l+1}]}
+    experts/w/{l}/{kernel [d_l, d_{l+1}], bias [d_{l+1}]}       l >= 1
     experts/proj/{kernel [d_L, d_out], bias [d_out]}
     experts/slope [L]                                          with activation "prelu" only
     router/down/{kernel [d, router_dim], bias [router_dim]}
-    router/gate/L/hidden/{kernel [in_l, m_l], bias [m_l]}       in_l = router_dim + m_{L-1} + ... + m_{l+1}, in this order
-    router/gate/L/query/{kernel [m_l, m_l], bias [m_l]}
-    router/gate/L/keys [s_l, m_l]
-    router/gate/L/noise/kernel [in_l, s_l]                     with gate "noisy_topk" only
+    router/gate/{l}/hidden/{kernel [in_l, m_l], bias [m_l]}     in_l = router_dim + m_{L-1} + ... + m_{l+1}, in this order
+    router/gate/{l}/query/{kernel [m_l, m_l], bias [m_l]}
+    router/gate/{l}/keys [s_l, m_l]
+    router/gate/{l}/noise/kernel [in_l, s_l]                   with gate "noisy_topk" only
 
 Inside, tokens are the last axis: the axes of experts and tree nodes are tiny, so arithmetic runs along the tokens.
 Nothing is gathered or sorted: a child is a one-hot row over its pool, which keeps scatters out of the backward pass.
@@ -47,6 +47,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxmethods.adapters.base import Call, Result
+from jaxmethods.tree import flatten, unflatten
 
 Params = dict[str, Any]
 """The nested dict of an adapter's leaves, as listed above."""
@@ -149,10 +150,14 @@ class SMoRE:
         return self.experts if self.gate == "dense" else self.fanout
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """s_l r_l: the ranks of a layer's experts together."""
+        return tuple(s * r for s, r in zip(self.experts, self.ranks, strict=True))
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """d_0 = 0, d_1, ..., d_L."""
-        sizes = [s * r for s, r in zip(self.experts, self.ranks, strict=True)]
-        return tuple(sum(sizes[:layer]) for layer in range(self.layers + 1))
+        return tuple(sum(self.sizes[:layer]) for layer in range(self.layers + 1))
 
     @property
     def gate_dims(self) -> tuple[int, ...]:
@@ -289,6 +294,116 @@ def init(key: Key[Array, ""], d_in: int, d_out: int, spec: SMoRE, dtype: Any = j
     return {"experts": experts, "router": {"down": linear(d_in, spec.router_dim), "gate": gate}}
 
 
+class ParameterCount(NamedTuple):
+    """How many numbers an adapter holds."""
+
+    experts: int
+    """A, B, W, W_proj, their biases and slopes."""
+    router: int
+    """The router's linear maps and keys."""
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.experts + self.router
+
+
+def count_parameters(spec: SMoRE, d_in: int, d_out: int) -> ParameterCount:
+    """Size of one adapter in closed form: its kernels alone are (d_in + d_out) d_L + sum_l d_l^2."""
+    widths, top = spec.widths, spec.widths[-1]
+    kernels = (d_in + d_out) * top + sum(width**2 for width in widths)
+    biases = top + sum(s * d for s, d in zip(spec.experts, widths[1:], strict=True)) + sum(widths[2:]) + d_out
+    slopes = spec.layers if spec.activation.startswith("prelu") else 0
+    router = (d_in + 1) * spec.router_dim
+    for s, m, context in zip(spec.experts, spec.gate_dims, spec.context_dims, strict=True):
+        router += (context + 1) * m + (m + 1) * m + s * m + (s * context if spec.gate == "noisy_topk" else 0)
+    return ParameterCount(kernels + biases + slopes, router)
+
+
+# The released code's weights -------------------------------------------------------------------------------------
+
+
+def from_official(state: Mapping[str, Any], spec: SMoRE) -> Params:
+    """Leaves from the arrays that the released code (ZimpleX/SMoRE-LLM) stores for one linear map.
+
+    `state` maps its names, "moe_A.0" (or "moe_A.default.0", as in its live modules) and so on, to arrays whose matrices
+    are [out, in]. Raises ValueError for names that are missing or unknown, and for shapes other than `spec` gives.
+    """
+    arrays = {name.replace(".default", "", 1): jnp.asarray(value) for name, value in state.items()}
+    names = _official_names(spec)
+    known = [name for parts in names.values() for name in parts]
+    if missing := [name for name in known if name not in arrays]:
+        raise ValueError(
+            f"the S'MoRE state lacks {missing[0]!r} ({len(missing)} arrays in all), which a spec with "
+            f"experts={spec.experts}, gate={spec.gate!r} and activation={spec.activation!r} needs."
+        )
+    if unknown := [name for name in arrays if name not in known]:
+        raise ValueError(
+            f"the S'MoRE state holds {unknown[0]!r} ({len(unknown)} such arrays in all), which a spec with "
+            f"experts={spec.experts}, gate={spec.gate!r} and activation={spec.activation!r} has no place for."
+        )
+    d_in, d_out = arrays["moe_A.0"].shape[-1], arrays["moe_W_final"].shape[0]
+    fresh = jax.eval_shape(lambda: to_official(init(jax.random.key(0), d_in, d_out, spec), spec))
+    for name, expected in fresh.items():
+        if arrays[name].shape != expected.shape:
+            raise ValueError(f"{name!r} has shape {arrays[name].shape}, but the spec gives {expected.shape}: {spec}")
+
+    flat = {}
+    for path, parts in names.items():
+        leaves = [arrays[name] for name in parts]
+        if path.startswith("experts/a/"):  # [s_l, r_l, ...] of each layer
+            leaves = [leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves]
+        leaf = jnp.concatenate(leaves) if len(leaves) > 1 else leaves[0]
+        flat[path] = leaf.swapaxes(-1, -2) if path.endswith("kernel") else leaf
+    return unflatten(flat)
+
+
+def to_official(params: Params, spec: SMoRE) -> dict[str, Array]:
+    """Undoes `from_official`."""
+    flat, state = flatten(params), {}
+    for path, parts in _official_names(spec).items():
+        leaf = flat[path].swapaxes(-1, -2) if path.endswith("kernel") else flat[path]
+        leaves = [leaf]
+        if path.startswith("experts/a/"):
+            experts = zip(jnp.split(leaf, spec.widths[1:-1]), spec.experts, spec.ranks, strict=True)
+            leaves = [rows.reshape(s, r, *rows.shape[1:]) for rows, s, r in experts]
+        elif path == "experts/slope":
+            leaves = jnp.split(leaf, spec.layers)
+        state |= dict(zip(parts, leaves, strict=True))
+    return state
+
+
+def _official_names(spec: SMoRE) -> dict[str, list[str]]:
+    """For each of our leaves the official arrays it is made of, one or one a layer."""
+    every = range(spec.layers)
+    names = {
+        "experts/a/kernel": [f"moe_A.{l}" for l in every],
+        "experts/a/bias": [f"moe_A_bias.{l}" for l in every],
+        "experts/proj/kernel": ["moe_W_final"],
+        "experts/proj/bias": ["moe_W_final_bias"],
+        "router/down/kernel": ["moe_downproj_x.weight"],
+        "router/down/bias": ["moe_downproj_x.bias"],
+    }
+    for l in every:
+        gate, official = f"router/gate/{l}", f"moe_gate.{l}"
+        names |= {
+            f"experts/b/{l}/kernel": [f"moe_B.{l}"],
+            f"experts/b/{l}/bias": [f"moe_B_bias.{l}"],
+            f"{gate}/hidden/kernel": [f"{official}.mlp.0.weight"],
+            f"{gate}/hidden/bias": [f"{official}.mlp.0.bias"],
+            f"{gate}/query/kernel": [f"{official}.mlp.2.weight"],
+            f"{gate}/query/bias": [f"{official}.mlp.2.bias"],
+            f"{gate}/keys": [f"{official}.keys"],
+        }
+        if l:
+            names |= {f"experts/w/{l}/kernel": [f"moe_W.{l}"], f"experts/w/{l}/bias": [f"moe_W_bias.{l}"]}
+        if spec.gate == "noisy_topk":
+            names[f"{gate}/noise/kernel"] = [f"{official}.weight_noise.weight"]
+    if spec.activation.startswith("prelu"):
+        names["experts/slope"] = [f"moe_expert_act_param.{l}" for l in every]
+    return names
+
+
 # Routing: from the top layer down -------------------------------------------------------------------------------
 #
 # Nodes of a layer are numbered slot by slot: node `slot * parents + parent`, so that a new level of the tree is a
@@ -310,10 +425,11 @@ def route(
     """Which experts each token goes through, and with which weights (float32); `key=None` means without noise."""
     _, token = _compress(params, jnp.asarray(x), spec)
     choices = _choose(params["router"], token, spec, None, key)
-    axes = [spec.children[layer:] for layer in range(spec.layers)]
-    indices = [choice.chosen.argmax(0).reshape(*above, -1).T for choice, above in zip(choices, axes, strict=True)]
-    scores = [choice.scores().reshape(*above, -1).T for choice, above in zip(choices, axes, strict=True)]
-    return Routes(tuple(indices), tuple(scores))
+    shapes = [(*spec.children[layer:], x.shape[0]) for layer in range(spec.layers)]
+    return Routes(
+        tuple(choice.chosen.argmax(0).reshape(shape).T for choice, shape in zip(choices, shapes, strict=True)),
+        tuple(choice.scores().reshape(shape).T for choice, shape in zip(choices, shapes, strict=True)),
+    )
 
 
 class _Choice(NamedTuple):
@@ -333,21 +449,26 @@ def _choose(router: Params, token: Array, spec: SMoRE, valid: Array | None, key:
     A gate sees the token and the keys of all ancestors. Its first linear map is applied to the token once, and to each
     possible key once; a node then adds up the rows of its ancestors.
     """
-    gates = [router["gate"][str(layer)] for layer in range(spec.layers)]
+    gates = [jax.tree.map(lambda leaf: leaf.astype(token.dtype), router["gate"][str(l)]) for l in range(spec.layers)]
     noisy = spec.gate == "noisy_topk"
     keys = [_unit(gate["keys"], -1) if noisy else gate["keys"] for gate in gates]
-    first, bias = [], []  # what is applied to a gate's context: m_l columns, then s_l for the noise
-    for gate in gates:
-        maps = [gate["hidden"]["kernel"], gate["noise"]["kernel"]] if key is not None else [gate["hidden"]["kernel"]]
-        first.append(jnp.concatenate(maps, 1))
-        bias.append(jnp.pad(gate["hidden"]["bias"], (0, first[-1].shape[1] - gate["hidden"]["bias"].shape[0])))
+    # What is applied to a gate's context, m_l columns and (for its noise) s_l more: a block of rows for x_down, then one
+    # for the key of each ancestor, the root's first.
+    blocks, bias = [], []
+    for layer, gate in enumerate(gates):
+        maps, offset = gate["hidden"]["kernel"], gate["hidden"]["bias"]
+        if key is not None:
+            maps = jnp.concatenate([maps, gate["noise"]["kernel"]], 1)
+            offset = jnp.pad(offset, (0, spec.experts[layer]))
+        blocks.append(jax.lax.split(maps, (spec.router_dim, *spec.gate_dims[:layer:-1])))
+        bias.append(offset)
 
     act = _activation(spec.gate_activation)
-    sums = _dot("ic,in->cn", jnp.concatenate([kernel[: spec.router_dim] for kernel in first], 1), token)
+    sums = _dot("ic,in->cn", jnp.concatenate([block[0] for block in blocks], 1), token)
     sums = (sums + jnp.concatenate(bias)[:, None])[:, None]  # [columns of all layers, parents = 1, tokens]
     choices: list[_Choice] = []
     for layer in reversed(range(spec.layers)):
-        gate, m, columns, fanout = gates[layer], spec.gate_dims[layer], first[layer].shape[1], spec.children[layer]
+        gate, m, columns, fanout = gates[layer], spec.gate_dims[layer], bias[layer].shape[0], spec.children[layer]
         sums, own, noise = jax.lax.split(sums, (sums.shape[0] - columns, m, columns - m))
         hidden, query = act(own), gate["query"]
         if noisy:
@@ -361,8 +482,8 @@ def _choose(router: Params, token: Array, spec: SMoRE, valid: Array | None, key:
             choice = _dense_gate(logits) if spec.gate == "dense" else _switch_gate(logits, fanout, valid)
         choices.append(choice)
         if layer:
-            row = spec.context_dims[layer]  # where the lower gates' first maps read this layer's key
-            table = _dot("sm,mc->sc", keys[layer], jnp.concatenate([kernel[row : row + m] for kernel in first[:layer]], 1))
+            reading = [block[spec.layers - layer] for block in blocks[:layer]]  # the lower gates' rows for this key
+            table = _dot("sm,mc->sc", keys[layer], jnp.concatenate(reading, 1))
             chosen = choice.chosen.reshape(spec.experts[layer], -1, token.shape[1])
             sums = jnp.concatenate([sums] * fanout, 1) + _dot("sc,spn->cpn", table, chosen)
     return choices[::-1]
@@ -484,12 +605,13 @@ def apply(
     aux_loss = spec.balance_weight * sum(choice.loss for choice in choices)
 
     experts = jax.tree.map(lambda leaf: leaf.astype(x.dtype), params["experts"])
+    slopes = jnp.unstack(experts["slope"]) if "slope" in experts else (None,) * spec.layers
     state: Any = None  # x_l of each node of layer l, [d_l, nodes, tokens]
     for layer, (own, choice) in enumerate(zip(compressed, choices, strict=True)):
         s, fanout, parents, tokens = choice.chosen.shape
         own = own.reshape(s, -1, tokens)
         b = jax.tree.map(lambda leaf, scale=spec.scales[layer]: scale * leaf, experts["b"][str(layer)])
-        act = _activation(spec.activation, experts["slope"][layer] if "slope" in experts else None)
+        act = _activation(spec.activation, slopes[layer])
         if layer == 0:
             # The lowest nodes have no state of their own: each expert is computed once, then mixed for every parent.
             terms = act(jnp.einsum("srd,srn->sdn", b["kernel"], own) + b["bias"][..., None])
@@ -504,22 +626,23 @@ def apply(
             terms = act(jnp.einsum("kd,kmn->dmn", kernel, inputs) + w["bias"][:, None, None])
             terms = terms.reshape(-1, fanout, parents, tokens).swapaxes(0, 1)
             state = _mix(choice.scores().astype(x.dtype), terms)
-    delta = jnp.einsum("kn,ko->no", state[:, 0], experts["proj"]["kernel"]) + experts["proj"]["bias"]
+    delta = jnp.einsum("kn,ko->no", state.squeeze(1), experts["proj"]["kernel"]) + experts["proj"]["bias"]
     return delta, jnp.asarray(aux_loss, jnp.float32)
 
 
 def _compress(params: Params, x: Array, spec: SMoRE) -> tuple[list[Array], Array]:
     """A x + a of each layer's experts, [s_l r_l, tokens], in x's dtype; x_down [router_dim, tokens], at least float32."""
     a, down = params["experts"]["a"], params["router"]["down"]
-    sizes = tuple(s * r for s, r in zip(spec.experts, spec.ranks, strict=True))
     wide = jnp.promote_types(x.dtype, jnp.float32)
     if x.dtype == wide:  # one product reads x once
-        both = jax.tree.map(lambda *leaves: jnp.concatenate([leaf.astype(wide) for leaf in leaves], -1), a, down)
-        *own, token = jax.lax.split(jnp.einsum("dc,nd->cn", both["kernel"], x) + both["bias"][:, None], (*sizes, spec.router_dim))
+        kernel, bias = (jnp.concatenate([a[name].astype(wide), down[name].astype(wide)], -1) for name in ("kernel", "bias"))
+        terms = jnp.einsum("dc,nd->cn", kernel, x) + bias[:, None]
+        *own, token = jax.lax.split(terms, (*spec.sizes, spec.router_dim))
         return own, token
     terms = jnp.einsum("dc,nd->cn", a["kernel"].astype(x.dtype), x) + a["bias"].astype(x.dtype)[:, None]
-    token = _dot("dc,nd->cn", down["kernel"].astype(wide), x.astype(wide)) + down["bias"].astype(wide)[:, None]
-    return list(jax.lax.split(terms, sizes)), token
+    # Three bfloat16 passes lose nothing that matters of a product with a bfloat16 x.
+    token = jnp.einsum("dc,nd->cn", down["kernel"].astype(wide), x.astype(wide), precision=jax.lax.Precision.HIGH)
+    return list(jax.lax.split(terms, spec.sizes)), token + down["bias"].astype(wide)[:, None]
 
 
 @jax.custom_vjp

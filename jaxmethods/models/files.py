@@ -72,9 +72,10 @@ def _from_hub(name: str, weights: bool) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
-    patterns = [*_TOKENIZER, *(["*.safetensors"] if weights else [])]
+    wanted = [*_TOKENIZER, *(["*.safetensors"] if weights else [])]
+    unwanted = [*_PICKLES, "*/*", "consolidated*"]  # no subfolders, and no second copy in Mistral's own layout
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=list(_PICKLES)))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
     except errors.GatedRepoError:
         raise PermissionError(
             f"{name} asks its readers to agree to its terms: do so on its page, then log in (hf auth login)."

@@ -84,15 +84,20 @@ def target_logps(
     The first column has nothing before it: its value is 0 whatever the mask says. Never holds [B, T, V].
     """
     hidden, aux = hidden_states(module, params, tokens, mask, key=key, **inputs)
-    tokens, wanted = jnp.asarray(tokens), jnp.asarray(target_mask)[:, 1:]
+    # Every place is asked for the next token, the last one for none: no place is cut off, and shardings stay as they are.
+    following = lambda x: jnp.roll(jnp.asarray(x), -1, axis=1)
+    wanted = following(target_mask).at[:, -1].set(False)
+    tied = module.config.tie_embeddings
+    matrix = params["model"]["embed_tokens"]["embedding"] if tied else params["lm_head"]["unembedding"]
     logps = token_logprobs(
-        hidden[:, :-1].reshape(-1, hidden.shape[-1]),
-        unembedding(module, params).astype(hidden.dtype),
-        tokens[:, 1:].reshape(-1),
+        hidden.reshape(-1, hidden.shape[-1]),
+        matrix.astype(hidden.dtype),
+        following(tokens).reshape(-1),
         softcap=module.config.final_softcap,
         where=wanted.reshape(-1),
+        transposed=tied,
     )
-    return jnp.pad(logps.reshape(wanted.shape), ((0, 0), (1, 0))), aux
+    return jnp.roll(logps.reshape(wanted.shape), 1, axis=1), aux
 
 
 def sequence_logps(

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxmethods.models import files, weights
 from jaxmethods.models.decoder import DecoderConfig
@@ -142,6 +143,7 @@ def save(
         for shard in shards:
             for tensor in shard:
                 tensor.make()  # takes part in gathering it
+        multihost_utils.sync_global_devices("models.save")
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.unfinished")
@@ -161,6 +163,8 @@ def save(
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+    if jax.process_count() > 1:  # nobody goes on before the folder is there
+        multihost_utils.sync_global_devices("models.save")
 
 
 def _check_params(config: DecoderConfig, params: Tree) -> dict[str, Any]:

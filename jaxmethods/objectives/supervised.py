@@ -19,9 +19,10 @@ class Supervised:
 
         The batch has `tokens`, `target_mask`, `segment_ids` and `positions`, each [B, T]. Auxiliary losses of adapters
         enter as aux x weight, so that parts of a batch add up. `key=None` evaluates: no dropout, no noise, and no
-        auxiliary loss in the total.
+        auxiliary loss.
 
-        Metrics: `nll` (the loss without auxiliary terms, nats a token) and, while training, `auxiliary_loss`.
+        Metrics: `loss`, in nats a target token and without auxiliary losses, so that training and held-out losses
+        compare; and `auxiliary_loss` while training.
         """
 
         def loss_fn(params: Tree, batch: Mapping[str, Any], key: Any) -> tuple[Mean, dict[str, Mean]]:
@@ -31,8 +32,8 @@ class Supervised:
             )  # fmt: skip
             nll = Mean.of(-logps, batch["target_mask"])
             if key is None:
-                return nll, {"nll": nll}
+                return nll, {"loss": nll}
             auxiliary = Mean(aux * nll.weight, nll.weight)
-            return Mean(nll.total + auxiliary.total, nll.weight), {"nll": nll, "auxiliary_loss": auxiliary}
+            return Mean(nll.total + auxiliary.total, nll.weight), {"loss": nll, "auxiliary_loss": auxiliary}
 
         return loss_fn

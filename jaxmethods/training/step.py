@@ -48,12 +48,13 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumu
     that is a mean over tokens or pairs has the gradient of the whole batch. When the loss or a gradient is not finite,
     parameters and optimiser stay as they were (the step still counts) and `metrics["finite"]` is False.
 
-    Metrics: `loss`, `gradient_norm`, `finite`, and what `loss_fn` reports, averaged.
+    Metrics: `loss` (what is minimised, unless `loss_fn` reports another by that name), `gradient_norm`, `finite`, and
+    what `loss_fn` reports, averaged.
     """
 
     def total(trained: Tree, frozen: Tree, batch: Batch, key: Array) -> tuple[Array, Any]:
         loss, metrics = loss_fn(combine(trained, frozen), batch, key)
-        return loss.total, (loss, metrics)
+        return loss.total, (loss, {"loss": loss} | metrics)
 
     def step(state: State, frozen: Tree, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
@@ -79,7 +80,7 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumu
             state.key,
         )
         values = {name: mean.value() for name, mean in metrics.items()}
-        return new, {"loss": loss.value(), "gradient_norm": norm, "finite": finite} | values
+        return new, {"gradient_norm": norm, "finite": finite} | values
 
     return step
 

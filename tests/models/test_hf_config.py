@@ -20,8 +20,8 @@ LLAMA_3_2_1B = {
         "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
         "rope_type": "llama3",
     },
-    "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.45.0.dev0",
-    "use_cache": True, "vocab_size": 128256,
+    "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    "transformers_version": "4.45.0.dev0", "use_cache": True, "vocab_size": 128256,
 }  # fmt: skip
 LLAMA_1 = {
     "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
@@ -59,7 +59,8 @@ GEMMA_2_27B = {
     "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 4608, "intermediate_size": 36864,
     "max_position_embeddings": 8192, "model_type": "gemma2", "num_attention_heads": 32, "num_hidden_layers": 46,
     "num_key_value_heads": 16, "pad_token_id": 0, "query_pre_attn_scalar": 144, "rms_norm_eps": 1e-06,
-    "rope_theta": 10000.0, "sliding_window": 4096, "use_cache": True, "vocab_size": 256000, "_attn_implementation": "eager",
+    "rope_theta": 10000.0, "sliding_window": 4096, "use_cache": True, "vocab_size": 256000,
+    "_attn_implementation": "eager",
 }  # fmt: skip
 PUBLISHED = [LLAMA_3_2_1B, LLAMA_1, MISTRAL_7B, QWEN_2_5, QWEN_3, GEMMA_2_27B]
 
@@ -157,7 +158,11 @@ def test_defaults_of_gemma():
         (LLAMA_1, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
         (LLAMA_1, {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic'"),
         (LLAMA_1, {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "lacks low_freq_factor"),
-        (LLAMA_1, {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
+        (
+            LLAMA_1,
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+            "partial_rotary_factor",
+        ),
         (LLAMA_1, {"rope_parameters": {"rope_type": "default", "factor": 8.0}}, "'factor'"),
         (
             GEMMA_2_27B,

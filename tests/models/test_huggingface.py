@@ -22,7 +22,8 @@ from jaxmethods.models.layout import assemble, layout, shapes
 from jaxmethods.sharding import make_mesh, shardings_for
 
 BASE = DecoderConfig(
-    family="llama", vocab_size=40, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6
+    family="llama", vocab_size=40, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=4, num_kv_heads=2,
+    head_dim=6,
 )  # fmt: skip
 CONFIGS = {
     "llama": BASE,
@@ -186,7 +187,9 @@ def test_two_processes_read_half_each_and_write_one_model(tmp_path):
     source, target = write(tmp_path / "source", config), tmp_path / "target"
     command = [sys.executable, "-c", TWO_PROCESSES]
     ran = [
-        subprocess.Popen([*command, str(rank), port, source, target], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [*command, str(rank), port, source, target], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         for rank in range(2)
     ]
     outputs = [process.communicate(timeout=180)[0] for process in ran]
@@ -216,7 +219,9 @@ print(peak() - before)
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from Linux' /proc")
 def test_peak_memory_is_about_one_copy(tmp_path):
     """Of a 230 MB model, in a process of its own: a leaf more to read it, nothing more to write it."""
-    config = dataclasses.replace(BASE, vocab_size=500, hidden_size=512, intermediate_size=2048, num_layers=16, head_dim=64)
+    config = dataclasses.replace(
+        BASE, vocab_size=500, hidden_size=512, intermediate_size=2048, num_layers=16, head_dim=64
+    )
     tensors = hf_tensors(config)
     size = sum(x.nbytes for x in tensors.values())
     largest = 16 * 512 * 2048 * 4
@@ -245,7 +250,9 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"'lm_head.weight' \[40, 16\] is missing; set tie_word_embeddings to true"):
         models.load(tmp_path)
     write(tmp_path, BASE, whole | {name: np.zeros((24, 17), np.float32)})
-    with pytest.raises(ValueError, match=rf"model.safetensors: tensor '{name}' has shape \[24, 17\].*makes it \[24, 16\]"):
+    with pytest.raises(
+        ValueError, match=rf"model.safetensors: tensor '{name}' has shape \[24, 17\].*makes it \[24, 16\]"
+    ):
         models.load(tmp_path)
     write(tmp_path, BASE, whole | {"model.layers.1.self_attn.q_proj.bias": np.zeros(24, np.float32)})
     with pytest.raises(ValueError, match=r"'model.layers.1.self_attn.q_proj.bias' \[24\] has no place in the model"):
@@ -263,12 +270,12 @@ def test_an_index_is_held_against_its_files(tmp_path):
     listed = json.loads(file.read_text())["weight_map"]
     moved = listed | {"model.norm.weight": {*listed.values()}.difference({listed["model.norm.weight"]}).pop()}
     file.write_text(json.dumps({"weight_map": moved}))
-    with pytest.raises(ValueError, match="'model.norm.weight' is missing, though the index lists it there"):
+    with pytest.raises(ValueError, match=r"'model.norm.weight' is missing, though the index lists it there"):
         models.load(tmp_path)
     file.write_text(json.dumps({"weight_map": listed}))
     shard = tmp_path / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors is cut short"):
+    with pytest.raises(ValueError, match=r"model-00002-of-00002.safetensors is cut short"):
         models.load(tmp_path)
 
 
@@ -278,7 +285,7 @@ def test_a_tied_model_may_hold_its_matrix_twice_if_equal(tmp_path):
     write(tmp_path, config, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()})
     same_parameters(models.load(tmp_path)[1], tensors)
     write(tmp_path, config, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1})
-    with pytest.raises(ValueError, match="'lm_head.weight' differs from .* set tie_word_embeddings to false"):
+    with pytest.raises(ValueError, match=r"'lm_head.weight' differs from .* set tie_word_embeddings to false"):
         models.load(tmp_path)
 
 
@@ -321,7 +328,9 @@ def test_the_files_are_as_others_expect(tmp_path):
     folder = tmp_path / "m"
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(file.name for file in folder.glob("*.safetensors"))
-    assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)] and len(files) > 2
+    assert (
+        files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)] and len(files) > 2
+    )
     contents = {file: load_file(folder / file) for file in files}
     assert index["weight_map"] == {name: file for file, tensors in contents.items() for name in tensors}
     assert index["metadata"]["total_size"] == sum(x.nbytes for tensors in contents.values() for x in tensors.values())
@@ -348,7 +357,7 @@ def test_numbers_are_converted_while_saving(tmp_path):
     assert json.loads((tmp_path / "m" / "config.json").read_text())["dtype"] == "bfloat16"
     _, again = models.load(tmp_path / "m", dtype=jnp.bfloat16)
     assert_equal_trees(again, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
-    with pytest.raises(ValueError, match="is int8; write it as float32, bfloat16 or float16"):
+    with pytest.raises(ValueError, match=r"is int8; write it as float32, bfloat16 or float16"):
         models.save(tmp_path / "n", models.Decoder(BASE), params, dtype=np.int8)
 
 
@@ -368,7 +377,7 @@ def test_parameters_that_would_be_lost_or_missed_are_named(tmp_path):
     for words, leaves in wrong.items():
         with pytest.raises(ValueError, match=words):
             models.save(tmp_path / "m", module, tree.unflatten(leaves))
-    with pytest.raises(ValueError, match="Dense is no decoder"):
+    with pytest.raises(ValueError, match=r"Dense is no decoder"):
         import flax.linen as nn
 
         models.save(tmp_path / "m", nn.Dense(3), params)
@@ -383,18 +392,18 @@ def test_only_an_earlier_save_is_replaced(tmp_path):
     assert [file.name for file in target.glob("*.safetensors")] == ["model.safetensors"]
 
     (target / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="holds notes.txt; choose another path, or overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"holds notes.txt; choose another path, or overwrite=True"):
         models.save(target, module, params)
     models.save(target, module, params, overwrite=True)
     assert not (target / "notes.txt").exists()
 
     foreign = write(tmp_path / "foreign", BASE)
-    with pytest.raises(FileExistsError, match="is not an earlier save"):
+    with pytest.raises(FileExistsError, match=r"is not an earlier save"):
         models.save(foreign, module, params)
     same_parameters(models.load(foreign)[1], hf_tensors(BASE))
 
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileExistsError, match="is a file; a model is written as a folder"):
+    with pytest.raises(FileExistsError, match=r"is a file; a model is written as a folder"):
         models.save(tmp_path / "file", module, params, overwrite=True)
     (tmp_path / "empty").mkdir()
     models.save(tmp_path / "empty", module, params)
@@ -408,7 +417,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path):
 
     module, params = models.Decoder(BASE), random_params(BASE)
     models.save(tmp_path / "m", module, params)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(OSError, match=r"no space left"):
         models.save(tmp_path / "m", module, jax.tree.map(lambda x: x + 1, params), tokenizer=Broken())
     assert [entry.name for entry in tmp_path.iterdir()] == ["m"]
     assert_equal_trees(models.load(tmp_path / "m")[1], params)

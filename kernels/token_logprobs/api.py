@@ -1,0 +1,77 @@
+"""Log-probabilities of given tokens under a softmax over the vocabulary, without ever holding [tokens, vocab].
+
+>>> hidden, unembedding = jnp.eye(2, 3), jnp.zeros((3, 4))
+>>> token_logprobs(hidden, unembedding, jnp.array([0, 3])).round(3).tolist()  # -log(4)
+[-1.3860000371932983, -1.3860000371932983]
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxmethods.kernels.token_logprobs import reference, xla
+
+IMPLEMENTATIONS = {"xla": xla.token_logprobs, "reference": reference.token_logprobs}
+
+
+def token_logprobs(
+    hidden: Float[Array | np.ndarray, "tokens dim"],
+    unembedding: Float[Array | np.ndarray, "dim vocab"] | Float[Array | np.ndarray, "vocab dim"],
+    targets: Int[Array | np.ndarray, "tokens"],
+    *,
+    softcap: float | None = None,
+    where: Bool[Array | np.ndarray, "tokens"] | None = None,
+    axis_name: str | None = None,
+    transposed: bool = False,
+    compact: bool | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "tokens"]:
+    """log softmax(cap(hidden @ unembedding))[target] of each token, float32; cap(z) = softcap * tanh(z / softcap).
+
+    The product is in the inputs' dtype with float32 sums, the softmax in float32. Differentiable once, in reverse mode,
+    in hidden and unembedding. With N wanted tokens, width D and vocabulary V it costs 2NDV operations, and in training
+
+    - 4NDV in all when the unembedding is frozen: the gradient of a log-probability in its hidden state scales with the
+      cotangent, so the forward pass computes it while it holds the logits, and the backward pass multiplies;
+    - 8NDV in all when the unembedding is trained: the backward pass computes the logits again.
+
+    Holding all logits would cost 4NDV and 6NDV.
+
+    Args:
+        targets: the token whose log-probability is asked at each place; the result is nan where a wanted one lies
+            outside of the vocabulary.
+        softcap: soft limit on logits (Gemma-2, https://arxiv.org/abs/2408.00118, section 2).
+        where: true at wanted tokens. The others give 0 and no gradient, whatever they hold.
+        axis_name: inside `jax.shard_map` (with `check_vma`, its default), the mesh axis over which the vocabulary is
+            split: `unembedding` is this device's shard in the axis' order, targets are ids in the whole vocabulary.
+            Value and gradients are those of the whole.
+        transposed: `unembedding` is [vocab, dim], as embedding tables are. `table.T` without it gives the same numbers,
+            but a compiler may copy the whole table.
+        compact: move the tokens that `where` wants to the front and compute only their blocks. This gathers rows over
+            the whole token axis, so it should stay off where `jax.jit` splits that axis over devices. None: on, on a
+            CPU when there is one device or the call stands inside a `shard_map` over all mesh axes; else off.
+        implementation: "xla" (blocks of the vocabulary, and of tokens when compact) or "reference" (holds all logits);
+            None chooses for the backend.
+
+    Raises:
+        ValueError: shapes that do not fit together, a softcap <= 0, or an unknown implementation.
+    """
+    dim = unembedding.shape[1 if transposed else 0]
+    if hidden.shape[1] != dim:
+        names = "[vocab, dim]" if transposed else "[dim, vocab]"
+        raise ValueError(
+            f"hidden has width {hidden.shape[1]} and unembedding {names} has shape {tuple(unembedding.shape)}; "
+            f"pass transposed={not transposed} if its axes are the other way round."
+        )
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"{softcap=} must be positive; use None for no cap.")
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"{implementation=} is unknown; use None or one of {', '.join(IMPLEMENTATIONS)}.")
+    return IMPLEMENTATIONS[implementation or "xla"](
+        *map(jnp.asarray, (hidden, unembedding, targets)),
+        None if where is None else jnp.asarray(where),
+        softcap=softcap,
+        axis_name=axis_name,
+        transposed=transposed,
+        compact=compact,
+    )
