@@ -17,13 +17,13 @@ The functions here work on plain arrays and nested dicts:
 Leaves (kernels are [in, out]; every list of a spec and every index l runs from the bottom layer up; d_0 = 0 and
 d_{l+1} = d_l + s_l r_l, with s_l experts of rank r_l):
 
-    experts/a/{kernel [d, d_L], bias [d_L]}                    all experts of all layers side by side: layer, expert, rank
+    experts/a/{kernel [d, d_L], bias [d_L]}                    all experts side by side: by layer, expert, rank
     experts/b/{l}/{kernel [s_l, r_l, d_{l+1}], bias [s_l, d_{l+1}]}
     experts/w/{l}/{kernel [d_l, d_{l+1}], bias [d_{l+1}]}       l >= 1
     experts/proj/{kernel [d_L, d_out], bias [d_out]}
     experts/slope [L]                                          with activation "prelu" only
     router/down/{kernel [d, router_dim], bias [router_dim]}
-    router/gate/{l}/hidden/{kernel [in_l, m_l], bias [m_l]}     in_l = router_dim + m_{L-1} + ... + m_{l+1}, in this order
+    router/gate/{l}/hidden/{kernel [in_l, m_l], bias [m_l]}     in_l = router_dim + m_{L-1} + ... + m_{l+1}
     router/gate/{l}/query/{kernel [m_l, m_l], bias [m_l]}
     router/gate/{l}/keys [s_l, m_l]
     router/gate/{l}/noise/kernel [in_l, s_l]                   with gate "noisy_topk" only
@@ -47,7 +47,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxmethods.adapters.base import Call, Result
-from jaxmethods.tree import flatten, unflatten
+from jaxmethods.tree import cast, flatten, unflatten
 
 Params = dict[str, Any]
 """The nested dict of an adapter's leaves, as listed above."""
@@ -82,7 +82,8 @@ class SMoRE:
     router_dim: int = 24
     """Width to which the router first brings the token."""
     activation: str = "tanh"
-    """sigma of eq. 3: "tanh", "relu", "identity", or "prelu" with a learned slope a layer ("prelu|0.1" starts at 0.1)."""
+    """sigma of eq. 3: "tanh", "relu", "identity", or "prelu" with a learned slope for each layer, which starts at 0.25
+    ("prelu|0.1": at 0.1)."""
     variant: str = "full"
     """"full" is eq. 3. ("star", "shared" and "child" are known names without an implementation.)"""
     scale: tuple[float, ...] | None = None
@@ -203,7 +204,8 @@ class SMoRE:
     def merge(self, leaves: Params, kernel: Float[Array, "d_in d_out"]) -> Float[Array, "d_in d_out"]:
         """Raises ValueError: each token has a tree of its own, so no kernel gives the same output."""
         raise ValueError(
-            "S'MoRE depends on the token and cannot be merged into a kernel; export the adapter itself (--format adapter)."
+            "S'MoRE depends on the token and cannot be merged into a kernel; "
+            "export the adapter itself (--format adapter)."
         )
 
     def delta(
@@ -360,7 +362,7 @@ def from_official(state: Mapping[str, Any], spec: SMoRE) -> Params:
 
 def to_official(params: Params, spec: SMoRE) -> dict[str, Array]:
     """Undoes `from_official`."""
-    flat, state = flatten(params), {}
+    flat, state = flatten(params), dict[str, Array]()
     for path, parts in _official_names(spec).items():
         leaf = flat[path].swapaxes(-1, -2) if path.endswith("kernel") else flat[path]
         leaves = [leaf]
@@ -377,30 +379,31 @@ def _official_names(spec: SMoRE) -> dict[str, list[str]]:
     """For each of our leaves the official arrays it is made of, one or one a layer."""
     every = range(spec.layers)
     names = {
-        "experts/a/kernel": [f"moe_A.{l}" for l in every],
-        "experts/a/bias": [f"moe_A_bias.{l}" for l in every],
+        "experts/a/kernel": [f"moe_A.{layer}" for layer in every],
+        "experts/a/bias": [f"moe_A_bias.{layer}" for layer in every],
         "experts/proj/kernel": ["moe_W_final"],
         "experts/proj/bias": ["moe_W_final_bias"],
         "router/down/kernel": ["moe_downproj_x.weight"],
         "router/down/bias": ["moe_downproj_x.bias"],
     }
-    for l in every:
-        gate, official = f"router/gate/{l}", f"moe_gate.{l}"
+    for layer in every:
+        gate, official = f"router/gate/{layer}", f"moe_gate.{layer}"
         names |= {
-            f"experts/b/{l}/kernel": [f"moe_B.{l}"],
-            f"experts/b/{l}/bias": [f"moe_B_bias.{l}"],
+            f"experts/b/{layer}/kernel": [f"moe_B.{layer}"],
+            f"experts/b/{layer}/bias": [f"moe_B_bias.{layer}"],
             f"{gate}/hidden/kernel": [f"{official}.mlp.0.weight"],
             f"{gate}/hidden/bias": [f"{official}.mlp.0.bias"],
             f"{gate}/query/kernel": [f"{official}.mlp.2.weight"],
             f"{gate}/query/bias": [f"{official}.mlp.2.bias"],
             f"{gate}/keys": [f"{official}.keys"],
         }
-        if l:
-            names |= {f"experts/w/{l}/kernel": [f"moe_W.{l}"], f"experts/w/{l}/bias": [f"moe_W_bias.{l}"]}
+        if layer:
+            names[f"experts/w/{layer}/kernel"] = [f"moe_W.{layer}"]
+            names[f"experts/w/{layer}/bias"] = [f"moe_W_bias.{layer}"]
         if spec.gate == "noisy_topk":
             names[f"{gate}/noise/kernel"] = [f"{official}.weight_noise.weight"]
     if spec.activation.startswith("prelu"):
-        names["experts/slope"] = [f"moe_expert_act_param.{l}" for l in every]
+        names["experts/slope"] = [f"moe_expert_act_param.{layer}" for layer in every]
     return names
 
 
@@ -449,11 +452,13 @@ def _choose(router: Params, token: Array, spec: SMoRE, valid: Array | None, key:
     A gate sees the token and the keys of all ancestors. Its first linear map is applied to the token once, and to each
     possible key once; a node then adds up the rows of its ancestors.
     """
-    gates = [jax.tree.map(lambda leaf: leaf.astype(token.dtype), router["gate"][str(l)]) for l in range(spec.layers)]
+    router = cast(router, token.dtype)
+    gates = [router["gate"][str(layer)] for layer in range(spec.layers)]
     noisy = spec.gate == "noisy_topk"
+    key = key if noisy else None
     keys = [_unit(gate["keys"], -1) if noisy else gate["keys"] for gate in gates]
-    # What is applied to a gate's context, m_l columns and (for its noise) s_l more: a block of rows for x_down, then one
-    # for the key of each ancestor, the root's first.
+    # What is applied to a gate's context, m_l columns and (for its noise) s_l more: a block of rows for x_down, then
+    # one for the key of each ancestor, the highest first.
     blocks, bias = [], []
     for layer, gate in enumerate(gates):
         maps, offset = gate["hidden"]["kernel"], gate["hidden"]["bias"]
@@ -554,11 +559,11 @@ def _slots(rank: Array, fanout: int, dtype: Any) -> Float[Array, "experts fanout
     return (rank[:, None] == jnp.arange(fanout)[:, None, None]).astype(dtype)
 
 
-def _sum_rows(values: Float[Array, "experts parents tokens"], valid: Array | None) -> Float[Array, "experts"]:
+def _sum_rows(values: Float[Array, "experts parents tokens"], valid: Array | None) -> Float[Array, " experts"]:
     return (values if valid is None else jnp.where(valid, values, 0)).sum((1, 2))
 
 
-def _squared_variation(values: Float[Array, "experts"]) -> Float[Array, ""]:
+def _squared_variation(values: Float[Array, " experts"]) -> Float[Array, ""]:
     """Unbiased variance over squared mean; 0 for one expert."""
     if values.size == 1:
         return jnp.zeros((), values.dtype)
@@ -589,7 +594,7 @@ def apply(
     x: Float[Array | np.ndarray, "tokens d_in"],
     spec: SMoRE,
     *,
-    token_mask: Bool[Array | np.ndarray, "tokens"] | None = None,
+    token_mask: Bool[Array | np.ndarray, " tokens"] | None = None,
     key: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, "tokens d_out"], Float[Array, ""]]:
     """What the adapter adds to the frozen map's output, and the gates' loss times `balance_weight`.
@@ -601,10 +606,10 @@ def apply(
     x = jnp.asarray(x)
     compressed, token = _compress(params, x, spec)
     valid = None if token_mask is None else jnp.asarray(token_mask)
-    choices = _choose(params["router"], token, spec, valid, key if spec.needs_key else None)
+    choices = _choose(params["router"], token, spec, valid, key)
     aux_loss = spec.balance_weight * sum(choice.loss for choice in choices)
 
-    experts = jax.tree.map(lambda leaf: leaf.astype(x.dtype), params["experts"])
+    experts = cast(params["experts"], x.dtype)
     slopes = jnp.unstack(experts["slope"]) if "slope" in experts else (None,) * spec.layers
     state: Any = None  # x_l of each node of layer l, [d_l, nodes, tokens]
     for layer, (own, choice) in enumerate(zip(compressed, choices, strict=True)):
@@ -620,9 +625,9 @@ def apply(
             # B A x of a node's expert and W x_l in one product: A x is set to zero but for the node's expert.
             chosen = choice.chosen.astype(x.dtype).reshape(s, -1, tokens)
             picked = jnp.stack([chosen[:, node, None] * own for node in range(fanout * parents)], 2)
-            inputs = jnp.concatenate([state, picked.reshape(-1, *picked.shape[2:]), chosen])
+            inputs = jnp.concatenate([state, picked.reshape(spec.sizes[layer], -1, tokens), chosen])
             w = experts["w"][str(layer)]
-            kernel = jnp.concatenate([w["kernel"], b["kernel"].reshape(picked.shape[0] * picked.shape[1], -1), b["bias"]])
+            kernel = jnp.concatenate([w["kernel"], b["kernel"].reshape(spec.sizes[layer], -1), b["bias"]])
             terms = act(jnp.einsum("kd,kmn->dmn", kernel, inputs) + w["bias"][:, None, None])
             terms = terms.reshape(-1, fanout, parents, tokens).swapaxes(0, 1)
             state = _mix(choice.scores().astype(x.dtype), terms)
@@ -631,11 +636,11 @@ def apply(
 
 
 def _compress(params: Params, x: Array, spec: SMoRE) -> tuple[list[Array], Array]:
-    """A x + a of each layer's experts, [s_l r_l, tokens], in x's dtype; x_down [router_dim, tokens], at least float32."""
+    """A x + a of each layer's experts, [s_l r_l, tokens], in x's dtype; x_down [router_dim, tokens] in float32."""
     a, down = params["experts"]["a"], params["router"]["down"]
     wide = jnp.promote_types(x.dtype, jnp.float32)
     if x.dtype == wide:  # one product reads x once
-        kernel, bias = (jnp.concatenate([a[name].astype(wide), down[name].astype(wide)], -1) for name in ("kernel", "bias"))
+        kernel, bias = (jnp.concatenate([p[n].astype(wide) for p in (a, down)], -1) for n in ("kernel", "bias"))
         terms = jnp.einsum("dc,nd->cn", kernel, x) + bias[:, None]
         *own, token = jax.lax.split(terms, (*spec.sizes, spec.router_dim))
         return own, token

@@ -1,0 +1,72 @@
+"""A tiny model with tokenizer, rows, and a recipe, on disk as a user has them; and the command line in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from jaxmethods import models
+from tests import tiny
+from tests.data.conftest import CHATML, byte_level
+
+RECIPE = '''
+from jaxmethods.adapters import LoRA, SMoRE
+from jaxmethods.data import Data
+from jaxmethods.launch import Mesh, Run
+from jaxmethods.training import Optimizer
+
+
+def config() -> Run:
+    return Run(
+        model={model!r},
+        data=Data(train={train!r}, evaluation={evaluation!r}, sequence_length=48),
+        workdir={workdir!r},
+        adapters={{"mlp": SMoRE(ranks=(1, 2), router_dim=6, gate_dim=4, gate="noisy_topk"), "q_proj": LoRA(rank=2, dropout=0.1)}},
+        optimizer=Optimizer(learning_rate=1e-2, warmup=2),
+        steps=12,
+        batch_size=4,
+        accumulate=2,
+        checkpoint_every=3,
+        evaluate_every=6,
+        compilation_cache={cache!r},
+    )
+'''
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory):
+    """A folder with model/, train.jsonl, heldout.jsonl and recipe.py."""
+    folder = tmp_path_factory.mktemp("shop")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]),
+        bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML,
+    )  # fmt: skip
+    module, params = tiny.decoder("llama", vocab_size=len(tokenizer), rope_scaling=None, eos_ids=(2,))
+    models.save(folder / "model", module, params, tokenizer=tokenizer)
+    for name, count in (("train", 40), ("heldout", 6)):
+        rows = [{"prompt": f"how many cats on mat {name} {i}?", "answer": f"there are {i % 7} cats"} for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "model": str(folder / "model"), "train": str(folder / "train.jsonl"), "evaluation": str(folder / "heldout.jsonl"),
+        "workdir": str(folder / "run"), "cache": str(folder / "compiled"),
+    }  # fmt: skip
+    (folder / "recipe.py").write_text(RECIPE.format(**values))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def command():
+    """Runs `jaxmethods ...` as a process: command("train", "recipe.py") -> CompletedProcess; or starts it."""
+
+    def run(*arguments, start=False, devices=1, **options):
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", "COLUMNS": "120"}
+        line = [sys.executable, "-m", "jaxmethods.launch.cli", *map(str, arguments)]
+        options = {"env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        if start:
+            return subprocess.Popen(line, **options)
+        return subprocess.run(line, timeout=300, **options)
+
+    return run

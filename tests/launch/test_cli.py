@@ -1,0 +1,83 @@
+"""Wrong input: one clear line, exit status 2, no traceback, nothing half-written."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture
+def refused(command, shop, tmp_path):
+    """Runs a command that must be refused; returns its one line."""
+
+    def run(*arguments, status=2):
+        done = command(*arguments)
+        assert done.returncode == status, (done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "run").exists()
+        return done.stderr.strip()
+
+    return run
+
+
+def recipe(shop, tmp_path, old, new):
+    text = (shop / "recipe.py").read_text()
+    assert old in text
+    file = tmp_path / "recipe.py"
+    file.write_text(text.replace(old, new))
+    return file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("steps=12", "stepz=12", "Run has no field 'stepz'; did you mean 'steps'?"),
+        ("batch_size=4", "batch_size=-4", "batch_size=-4 must be at least 1"),
+        ("accumulate=2", "accumulate=3", "must be a multiple of accumulate=3"),
+        ("gate=\"noisy_topk\"", "gate=\"noisy_topl\"", "did you mean 'noisy_topk'"),
+        ("def config()", "def configuration()", "defines no function config()"),
+        ("steps=12,", "steps=12,,", "invalid syntax"),
+        ('"q_proj"', '"q_prj"', "'q_prj' matches no linear layer"),
+    ],
+)  # fmt: skip
+def test_a_wrong_recipe(refused, shop, tmp_path, old, new, says):
+    line = refused("train", recipe(shop, tmp_path, old, new), "--workdir", tmp_path / "run")
+    assert says in line and "\n" not in line
+
+
+@pytest.mark.slow
+def test_wrong_commands_files_and_flags(refused, shop, tmp_path, command):
+    assert "did you mean 'train'" in refused("trian", "x.py")
+    assert f"did you mean {shop / 'recipe.py'}" in refused("train", shop / "recip.py")
+    unknown = refused("train", shop / "recipe.py", "--optimizer.learning-rte", "1", "--workdir", tmp_path / "run")
+    assert "--optimizer.learning-rate" in unknown
+    assert "invalid literal" in refused("train", shop / "recipe.py", "--steps", "many", "--workdir", tmp_path / "run")
+    mesh = refused("train", shop / "recipe.py", "--mesh.fsdp", "3", "--workdir", tmp_path / "run")
+    assert "asks for 3 devices and there are 1" in mesh
+    missing = refused("train", shop / "recipe.py", "--data", shop / "trian.jsonl", "--workdir", tmp_path / "run")
+    assert "train.jsonl" in missing
+    model = refused("train", shop / "recipe.py", "--model", str(shop / "modle"), "--workdir", tmp_path / "run")
+    assert "model" in model
+    assert "no run" in refused("export", shop / "model", "--to", tmp_path / "out")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text((shop / "train.jsonl").read_text().splitlines()[0] + '\n{"prompt": "a"\n')
+    assert f"{broken}:2" in refused("train", shop / "recipe.py", "--data", broken, "--workdir", tmp_path / "run").replace(", line ", ":")
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    (stranger / "thesis.tex").write_text("do not touch")
+    assert "is not empty" in refused("train", shop / "recipe.py", "--workdir", stranger)
+    assert [p.name for p in stranger.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.slow
+def test_help_and_plan(command, shop, tmp_path):
+    assert "train CONFIG.py" in command("--help").stdout
+    shown = command("train", shop / "recipe.py", "--help")
+    assert shown.returncode == 0 and "--optimizer.learning-rate" in shown.stdout
+    planned = command("plan", shop / "recipe.py", "--json")
+    assert planned.returncode == 0, planned.stderr
+    plan = json.loads(planned.stdout)
+    assert plan["trained"]["parameters"] > 0 and plan["bytes_per_device"]["total"] > 0
+    assert plan["flops_per_step"] > 0 and plan["model"]["layers"] == 3
+    assert "trained" in command("plan", shop / "recipe.py").stdout
+    assert not (shop / "run" / "plan").exists()

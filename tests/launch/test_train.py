@@ -1,0 +1,168 @@
+"""Runs as a user starts, kills and resumes them: real processes on real files."""
+
+import json
+import shutil
+import signal
+import time
+
+import pytest
+
+from tests.training.test_checkpoint import damage
+
+
+def rows(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def losses(workdir):
+    """{step: (loss, gradient norm, evaluation)}, and that each step stands there once."""
+    found = rows(workdir)
+    assert [row["step"] for row in found] == list(range(1, len(found) + 1))
+    return {row["step"]: (row["loss"], row["gradient_norm"], row.get("evaluation_loss")) for row in found}
+
+
+@pytest.fixture(scope="module")
+def whole(shop, command):
+    """A run that nothing disturbed."""
+    done = command("train", shop / "recipe.py")
+    assert done.returncode == 0, done.stderr
+    return shop / "run", done.stdout
+
+
+def started(command, shop, workdir, *more):
+    return command("train", shop / "recipe.py", "--workdir", workdir, *more, start=True)
+
+
+def wait_for_rows(process, workdir, count):
+    file = workdir / "metrics.jsonl"
+    for _ in range(3000):
+        if file.exists() and file.read_text().count("\n") >= count:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError(f"no {count} rows in {file}")
+
+
+def test_a_run_learns_and_leaves_what_it_promises(whole):
+    workdir, printed = whole
+    found = rows(workdir)
+    assert len(losses(workdir)) == 12
+    assert found[-1]["evaluation_loss"] < found[5]["evaluation_loss"] < found[0]["loss"]
+    assert {"step", "loss", "tokens_per_second", "step_seconds", "learning_rate", "gradient_norm"} <= found[0].keys()
+    assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((workdir / "config.json").read_text())["kind"] == "Run"
+    assert "trained" in printed and "mlp/up_proj" in printed
+
+
+def test_the_same_command_again_has_nothing_to_do(whole, shop, command):
+    before = (whole[0] / "metrics.jsonl").read_bytes()
+    done = command("train", shop / "recipe.py")
+    assert done.returncode == 0 and "already" in done.stdout
+    assert (whole[0] / "metrics.jsonl").read_bytes() == before
+
+
+def test_killed_at_any_moment_and_resumed_it_is_the_same_run_to_the_bit(whole, shop, command, tmp_path):
+    """SIGKILL twice: after a checkpoint with steps behind it, and while the resumed run is under way."""
+    workdir = tmp_path / "killed"
+    for count in (5, 8):
+        process = started(command, shop, workdir)
+        wait_for_rows(process, workdir, count)
+        process.kill()
+        process.communicate()
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')  # as a kill in the middle of a write leaves it
+    done = command("train", shop / "recipe.py", "--workdir", workdir)
+    assert done.returncode == 0, done.stderr
+    assert losses(workdir) == losses(whole[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(whole, shop, command, tmp_path, number):
+    workdir = tmp_path / "stopped"
+    process = started(command, shop, workdir)
+    wait_for_rows(process, workdir, 4)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    reached = len(losses(workdir))
+    if reached < 12:
+        assert "the same command goes on" in out
+        assert (workdir / "checkpoints" / str(reached)).is_dir()
+    assert command("train", shop / "recipe.py", "--workdir", workdir).returncode == 0
+    assert losses(workdir) == losses(whole[0])
+
+
+def test_eight_devices_resume_what_one_began(whole, shop, command, tmp_path):
+    workdir = tmp_path / "moved"
+    shutil.copytree(whole[0], workdir)
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    done = command(
+        "train", shop / "recipe.py", "--workdir", workdir, "--mesh.data", "2", "--mesh.fsdp", "1", "--mesh.tensor", "4",
+        devices=8,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for step, values in losses(workdir).items():
+        assert values[0] == pytest.approx(losses(whole[0])[step][0], rel=1e-5), step
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, shop, command, tmp_path):
+    workdir = tmp_path / "damaged"
+    shutil.copytree(whole[0], workdir)
+    damage(workdir / "checkpoints" / "12")
+    done = command("train", shop / "recipe.py", "--workdir", workdir)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint of step 12" in done.stdout and "left aside" in done.stdout
+    assert losses(workdir) == losses(whole[0])
+
+
+def test_a_work_folder_of_another_config_is_refused_naming_the_fields(whole, shop, command):
+    before = sorted(p.name for p in whole[0].iterdir())
+    done = command("train", shop / "recipe.py", "--optimizer.learning-rate", "0.5", "--seed", "3")
+    assert done.returncode == 2
+    assert "optimizer.learning_rate: 0.01 there, 0.5 now" in done.stderr and "seed: 0 there, 3 now" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in whole[0].iterdir()) == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_naming_the_step(shop, command, tmp_path):
+    options = ("--optimizer.learning-rate", "1e30", "--optimizer.clip-norm", "None", "--optimizer.warmup", "0")
+    done = command("train", shop / "recipe.py", "--workdir", tmp_path / "a", *options)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "step 2" in done.stderr and "not finite" in done.stderr
+    done = command("train", shop / "recipe.py", "--workdir", tmp_path / "b", *options, "--on-nonfinite", "skip")
+    assert done.returncode == 0, done.stderr
+    assert "its update was not made" in done.stdout
+    assert len(rows(tmp_path / "b")) == 12
+
+
+def test_the_model_answers_evaluates_and_exports(whole, shop, command, tmp_path):
+    workdir = whole[0]
+    said = [command("generate", workdir, "--prompt", "how many cats on mat?", "--max-new-tokens", "8") for _ in range(2)]
+    assert said[0].returncode == 0, said[0].stderr
+    assert said[0].stdout == said[1].stdout
+    done = command("evaluate", "completion", workdir, "--against-base", "--rows", "4", "--max-new-tokens", "6", "--json")
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads(done.stdout)
+    assert numbers["after"]["nll"] < numbers["before"]["nll"]
+    assert json.loads((workdir / "evaluation.json").read_text()) == numbers
+    refused = command("export", workdir, "--to", tmp_path / "hf")
+    assert refused.returncode == 2 and "depends on the token" in refused.stderr and not (tmp_path / "hf").exists()
+    done = command("export", workdir, "--to", tmp_path / "adapter", "--format", "adapter")
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path / "adapter").iterdir()} == {"adapter.safetensors", "adapter.json"}
+
+
+def test_a_full_run_exports_a_model_that_opens_again(shop, command, tmp_path):
+    recipe = tmp_path / "full.py"
+    text = (shop / "recipe.py").read_text()
+    start = text.index("        adapters=")
+    recipe.write_text(text[:start] + text[text.index("\n", start) + 1 :])
+    done = command("train", recipe, "--workdir", tmp_path / "full", "--steps", "2")
+    assert done.returncode == 0, done.stderr
+    assert "(100.00%)" in done.stdout
+    done = command("export", tmp_path / "full", "--to", tmp_path / "hf")
+    assert done.returncode == 0, done.stderr
+    ours = command("generate", tmp_path / "full", "--prompt", "the cat", "--max-new-tokens", "5")
+    theirs = command("generate", tmp_path / "hf", "--prompt", "the cat", "--max-new-tokens", "5")
+    assert ours.stdout == theirs.stdout and theirs.returncode == 0, theirs.stderr
