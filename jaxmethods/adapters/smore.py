@@ -133,8 +133,8 @@ class SMoRE:
                 "lower fanout or add experts."
             )
         for name in ("gate_dim", "router_dim"):
-            if not isinstance(value := getattr(self, name), tuple) and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
+            if not isinstance(value := getattr(self, name), tuple) and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} must be a whole number from 1 up.")
         if not self.balance_weight >= 0:
             raise ValueError(f"balance_weight={self.balance_weight} must not be negative; 0 turns the loss off.")
 
@@ -231,7 +231,7 @@ def _check_name(field: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def _check_sizes(field: str, value: Any) -> None:
-    if not isinstance(value, tuple) or not value or any(not isinstance(n, int | np.integer) or n < 1 for n in value):
+    if not isinstance(value, tuple) or not value or any(not isinstance(n, int) or n < 1 for n in value):
         raise ValueError(f"{field}={value!r} must be a tuple of whole numbers from 1 up, one for each layer.")
 
 
@@ -257,11 +257,17 @@ def init(key: Key[Array, ""], d_in: int, d_out: int, spec: SMoRE, dtype: Any = j
     says. The router's linear maps and their biases are U(-1/sqrt(in), 1/sqrt(in)), keys U[0, 1), the noise map 0.
     """
     widths, top = spec.widths, spec.widths[-1]
-    keys = iter(jax.random.split(key, 3 + 7 * spec.layers))
+    # All random numbers are drawn at once and then handed out: one generator to compile, not one for each leaf.
+    drawn = jax.random.uniform(key, (count_parameters(spec, d_in, d_out).total - top * d_out,), dtype)
+    taken = 0
+
+    def take(*shape: int) -> Array:
+        nonlocal taken
+        taken += math.prod(shape)
+        return drawn[taken - math.prod(shape) : taken].reshape(shape)
 
     def uniform(fan_in: int, *shape: int) -> Array:
-        bound = 1 / math.sqrt(fan_in)
-        return jax.random.uniform(next(keys), shape, dtype, -bound, bound)
+        return (2 * take(*shape) - 1) / math.sqrt(fan_in)
 
     def linear(n_in: int, n_out: int) -> Params:
         return {"kernel": uniform(n_in, n_in, n_out), "bias": uniform(n_in, n_out)}
@@ -280,7 +286,7 @@ def init(key: Key[Array, ""], d_in: int, d_out: int, spec: SMoRE, dtype: Any = j
         gate[str(layer)] = {
             "hidden": linear(context, m),
             "query": linear(m, m),
-            "keys": jax.random.uniform(next(keys), (s, m), dtype),
+            "keys": take(s, m),
         }
         if spec.gate == "noisy_topk":
             gate[str(layer)]["noise"] = {"kernel": jnp.zeros((context, s), dtype)}
@@ -601,38 +607,17 @@ def apply(
 
     `delta` has x's dtype; routing and loss are computed in float32. `token_mask` is true at real tokens; padded ones
     are left out of the loss only, which is 0 without a real token. `key=None` means inference: no noise.
-    Raises ValueError when noise is asked for but a layer picks all its experts.
+    Differentiable in reverse mode only. Raises ValueError when noise is asked for but a layer picks all its experts.
     """
     x = jnp.asarray(x)
     compressed, token = _compress(params, x, spec)
+    # What lies between the big products is wide but cheap: the backward pass computes it again, so that a scan over a
+    # model's layers keeps d_L + router_dim numbers a token and not twenty times as many.
+    grow = jax.checkpoint(functools.partial(_grow, spec=spec), prevent_cse=False)
     valid = None if token_mask is None else jnp.asarray(token_mask)
-    choices = _choose(params["router"], token, spec, valid, key)
-    aux_loss = spec.balance_weight * sum(choice.loss for choice in choices)
-
-    experts = cast(params["experts"], x.dtype)
-    slopes = jnp.unstack(experts["slope"]) if "slope" in experts else (None,) * spec.layers
-    state: Any = None  # x_l of each node of layer l, [d_l, nodes, tokens]
-    for layer, (own, choice) in enumerate(zip(compressed, choices, strict=True)):
-        s, fanout, parents, tokens = choice.chosen.shape
-        own = own.reshape(s, -1, tokens)
-        b = jax.tree.map(lambda leaf, scale=spec.scales[layer]: scale * leaf, experts["b"][str(layer)])
-        act = _activation(spec.activation, slopes[layer])
-        if layer == 0:
-            # The lowest nodes have no state of their own: each expert is computed once, then mixed for every parent.
-            terms = act(jnp.einsum("srd,srn->sdn", b["kernel"], own) + b["bias"][..., None])
-            state = _mix(choice.weights.astype(x.dtype), terms[:, :, None])
-        else:
-            # B A x of a node's expert and W x_l in one product: A x is set to zero but for the node's expert.
-            chosen = choice.chosen.astype(x.dtype).reshape(s, -1, tokens)
-            picked = jnp.stack([chosen[:, node, None] * own for node in range(fanout * parents)], 2)
-            inputs = jnp.concatenate([state, picked.reshape(spec.sizes[layer], -1, tokens), chosen])
-            w = experts["w"][str(layer)]
-            kernel = jnp.concatenate([w["kernel"], b["kernel"].reshape(spec.sizes[layer], -1), b["bias"]])
-            terms = act(jnp.einsum("kd,kmn->dmn", kernel, inputs) + w["bias"][:, None, None])
-            terms = terms.reshape(-1, fanout, parents, tokens).swapaxes(0, 1)
-            state = _mix(choice.scores().astype(x.dtype), terms)
-    delta = jnp.einsum("kn,ko->no", state.squeeze(1), experts["proj"]["kernel"]) + experts["proj"]["bias"]
-    return delta, jnp.asarray(aux_loss, jnp.float32)
+    state, aux_loss = grow(params, compressed, token, valid, key)
+    proj = cast(params["experts"]["proj"], x.dtype)
+    return jnp.einsum("kn,ko->no", state, proj["kernel"]) + proj["bias"], aux_loss
 
 
 def _compress(params: Params, x: Array, spec: SMoRE) -> tuple[list[Array], Array]:
@@ -648,6 +633,39 @@ def _compress(params: Params, x: Array, spec: SMoRE) -> tuple[list[Array], Array
     # Three bfloat16 passes lose nothing that matters of a product with a bfloat16 x.
     token = jnp.einsum("dc,nd->cn", down["kernel"].astype(wide), x.astype(wide), precision=jax.lax.Precision.HIGH)
     return list(jax.lax.split(terms, spec.sizes)), token + down["bias"].astype(wide)[:, None]
+
+
+def _grow(
+    params: Params, compressed: list[Array], token: Array, valid: Array | None, key: Array | None, *, spec: SMoRE
+) -> tuple[Array, Array]:
+    """The root's state x_L, [d_L, tokens], and the gates' weighted losses, from what `_compress` gives."""
+    choices = _choose(params["router"], token, spec, valid, key)
+    aux_loss = spec.balance_weight * _add(choice.loss for choice in choices)
+
+    dtype, tokens = compressed[0].dtype, token.shape[1]
+    experts = cast(params["experts"], dtype)
+    slopes = jnp.unstack(experts["slope"]) if "slope" in experts else (None,) * spec.layers
+    state = jnp.zeros((0, 1, tokens), dtype)  # x_l of each node of layer l, [d_l, nodes, tokens]
+    for layer, (own, choice) in enumerate(zip(compressed, choices, strict=True)):
+        s, fanout, parents, _ = choice.chosen.shape
+        own = own.reshape(s, -1, tokens)
+        b = jax.tree.map(lambda leaf, scale=spec.scales[layer]: scale * leaf, experts["b"][str(layer)])
+        act = _activation(spec.activation, slopes[layer])
+        if layer == 0:
+            # The lowest nodes have no state of their own: each expert is computed once, then mixed for every parent.
+            terms = act(jnp.einsum("srd,srn->sdn", b["kernel"], own) + b["bias"][..., None])
+            state = _mix(choice.weights.astype(dtype), terms[:, :, None])
+        else:
+            # B A x of a node's expert and W x_l in one product: A x is set to zero but for the node's expert.
+            chosen = choice.chosen.astype(dtype).reshape(s, -1, tokens)
+            picked = jnp.stack([chosen[:, node, None] * own for node in range(fanout * parents)], 2)
+            inputs = jnp.concatenate([state, picked.reshape(spec.sizes[layer], -1, tokens), chosen])
+            w = experts["w"][str(layer)]
+            kernel = jnp.concatenate([w["kernel"], b["kernel"].reshape(spec.sizes[layer], -1), b["bias"]])
+            terms = act(jnp.einsum("kd,kmn->dmn", kernel, inputs) + w["bias"][:, None, None])
+            terms = terms.reshape(-1, fanout, parents, tokens).swapaxes(0, 1)
+            state = _mix(choice.scores().astype(dtype), terms)
+    return state.squeeze(1), aux_loss.astype(jnp.float32)
 
 
 @jax.custom_vjp

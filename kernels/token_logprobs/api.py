@@ -68,7 +68,9 @@ def token_logprobs(
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{implementation=} is unknown; use None or one of {', '.join(IMPLEMENTATIONS)}.")
     return IMPLEMENTATIONS[implementation or "xla"](
-        *map(jnp.asarray, (hidden, unembedding, targets)),
+        jnp.asarray(hidden),
+        jnp.asarray(unembedding),
+        jnp.asarray(targets),
         None if where is None else jnp.asarray(where),
         softcap=softcap,
         axis_name=axis_name,

