@@ -176,14 +176,17 @@ def rotate(
 
 
 class _Part(nn.Module):
-    """What the parts of a layer share: the configuration, the compute dtype and the parameters' dtype."""
+    """What the parts of a layer share: the configuration, dtypes, and the product of linear layers."""
 
     config: DecoderConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    dot_general: Any = None
 
     def dense(self, features: int, name: str, use_bias: bool = False) -> nn.Dense:
-        return nn.Dense(features, use_bias=use_bias, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+        return nn.Dense(
+            features, use_bias=use_bias, dtype=self.dtype, param_dtype=self.param_dtype, dot_general=self.dot_general, name=name
+        )
 
     def norm(self, name: str) -> RMSNorm:
         return RMSNorm(self.config.rms_norm_eps, self.config.norm_plus_one, self.param_dtype, name=name)
@@ -228,7 +231,7 @@ class Layer(_Part):
     def __call__(self, carry, scanned, shared: _Shared):  # type: ignore[no-untyped-def]
         x, cache = carry
         layer, window = scanned
-        part = lambda kind, name: kind(self.config, self.dtype, self.param_dtype, name=name)
+        part = lambda kind, name: kind(self.config, self.dtype, self.param_dtype, self.dot_general, name=name)
         after = lambda name, y: self.norm(name)(y) if self.config.post_norms else y
         # Gemma-2 norms what each half adds, and so calls the norm before the MLP by another name than the others do.
         before_mlp = "pre_feedforward_layernorm" if self.config.post_norms else "post_attention_layernorm"
@@ -270,7 +273,7 @@ class Backbone(_Part):
             in_axes=(0, nn.broadcast),
             length=c.num_layers,
             unroll=self.unroll,
-        )(c, self.dtype, self.param_dtype, name="layers")
+        )(c, self.dtype, self.param_dtype, self.dot_general, name="layers")
 
         held = None if cache is None else (cache.k, cache.v)
         (x, held), _ = layers((x, held), (jnp.arange(c.num_layers), _windows(c)), shared)
@@ -308,6 +311,7 @@ class Decoder(nn.Module):
         param_dtype: of the parameters that `init` makes.
         remat: what the backward pass computes again: "none", "dots" (all but matrix products), "full" (each layer).
         unroll: layers a step of the scan; more compiles longer and may run faster.
+        dot_general: the product of every linear layer, called like `jax.lax.dot_general`, which it is by default.
     """
 
     config: DecoderConfig
@@ -315,6 +319,7 @@ class Decoder(nn.Module):
     param_dtype: Any = jnp.float32
     remat: str = "none"
     unroll: int = 1
+    dot_general: Any = None
 
     @nn.compact
     def __call__(
@@ -345,5 +350,7 @@ class Decoder(nn.Module):
             positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1 + before, 0)
         if not self.config.tie_embeddings:
             Unembedding(self.config, self.param_dtype, name="lm_head")()
-        backbone = Backbone(self.config, self.dtype, self.param_dtype, self.remat, self.unroll, name="model")
+        backbone = Backbone(
+            self.config, self.dtype, self.param_dtype, self.dot_general, self.remat, self.unroll, name="model"
+        )
         return Output(*backbone(tokens, segment_ids, jnp.asarray(positions, jnp.int32), cache))

@@ -2,7 +2,7 @@
 
 The outer loop runs over the vocabulary: each block of the unembedding is read once, its gradient is written once, and
 the token axis stays whole, so that tokens which `jax.jit` splits over devices stay where they are. When compact, an
-inner loop runs over as many blocks of tokens as hold wanted ones, a number known only at run time.
+inner loop runs over blocks of tokens, as many as hold wanted ones, a number known only at run time.
 
 Names of dimensions: N tokens, or [b, n] in b blocks; D width; V vocabulary, v of it in one block. `weights` is one
 block of the unembedding, [D, v], or [v, D] when transposed.
@@ -22,10 +22,12 @@ from jaxmethods.kernels.manual_axes import vary, varying_axes
 
 LOGITS = 1 << 21
 """How many logits are held at once, about."""
-LEAST_VOCAB = 1024
+LEAST_VOCAB = 2048
 """A block of the vocabulary is not made smaller than this, however many tokens there are."""
-COMPACT_TOKENS = 256
-"""Tokens of one block when compact."""
+TOKENS = 256
+"""Most tokens of one block, when they are in several."""
+FEW = 2048
+"""Up to this many tokens, blocks are half as long when only some are wanted: they waste less in the last one."""
 _LOW = -1e30
 """Where the running maximum starts; finite, so that differences are never nan."""
 
@@ -58,11 +60,11 @@ class _Blocks(NamedTuple):
     targets: Int[Array, "b n"]
     """Counted from the first token of this device's vocabulary."""
     used: Int[Array, ""] | None = None
-    """When compact: how many blocks hold wanted tokens."""
+    """How many blocks hold wanted tokens; None means all. It and what follows is given where tokens were reordered."""
     order: Int[Array, "N"] | None = None
-    """When compact: the tokens in the order in which they fill the blocks."""
+    """The tokens in the order in which they fill the blocks."""
     place: Int[Array, "N"] | None = None
-    """When compact: where in that order each wanted token stands."""
+    """Where in that order each wanted token stands."""
 
 
 class _Softmax(NamedTuple):
@@ -91,7 +93,7 @@ def token_logprobs(
     """See `api.token_logprobs`."""
     if compact is None:
         compact = jax.default_backend() == "cpu" and _on_one_device()
-    settings = _Settings(softcap, axis_name, transposed, compact and where is not None)
+    settings = _Settings(softcap, axis_name, transposed, compact)
     # Marked outside of the custom derivative: the transpose then sums gradients over the mesh axes that were added.
     hidden, unembedding = vary((hidden, unembedding), varying_axes(hidden, unembedding))
     logps = _token_logprobs(settings, hidden, unembedding, targets, where)
@@ -283,7 +285,9 @@ def _over_vocabulary(
 
 def _over_tokens(blocks: _Blocks, step: Callable[[Any, Any], Any], state: Any) -> Any:
     """`state = step(i, state)` for each block of tokens that holds wanted ones."""
-    return step(None, state) if blocks.used is None else jax.lax.fori_loop(0, blocks.used, step, state)
+    if blocks.used is None and len(blocks.hidden) == 1:
+        return step(None, state)
+    return jax.lax.fori_loop(0, len(blocks.hidden) if blocks.used is None else blocks.used, step, state)
 
 
 def _at(tree: Any, i: Any) -> Any:
@@ -305,10 +309,14 @@ def _blocks(settings: _Settings, hidden: Array, unembedding: Array, targets: Arr
         targets = targets - unembedding.shape[settings.axis] * jax.lax.axis_index(settings.axis_name)
     if where is not None:
         hidden = jnp.where(where[:, None], hidden, 0)  # padding may hold anything, also not finite
-    if where is None or not settings.compact:
+    if not settings.compact:
         return _Blocks(hidden[None], targets[None])
+    most = TOKENS if where is None or len(targets) > FEW else TOKENS // 2
+    count = -(-len(targets) // most)
+    size = -(-len(targets) // count)
+    if where is None:
+        return _Blocks(_block(hidden, size), _block(targets, size))
     order = jnp.argsort(~where)
-    size = min(COMPACT_TOKENS, len(targets))
     used = -(-where.sum() // size)
     return _Blocks(_block(hidden[order], size), _block(targets[order], size), used, order, jnp.cumsum(where) - 1)
 
@@ -320,6 +328,6 @@ def _block(x: Array, size: int) -> Array:
 
 
 def _unblock(blocks: _Blocks, x: Array, tokens: int) -> Array:
-    """[b, n, ...] -> [N, ...]; anything at tokens that are not wanted, when compact."""
+    """[b, n, ...] -> [N, ...]; anything at tokens that are not wanted, if they were reordered."""
     x = x.reshape(-1, *x.shape[2:])[:tokens]
     return x if blocks.place is None else x[blocks.place]
