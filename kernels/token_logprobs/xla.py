@@ -24,10 +24,8 @@ LOGITS = 1 << 21
 """How many logits are held at once, about."""
 LEAST_VOCAB = 2048
 """A block of the vocabulary is not made smaller than this, however many tokens there are."""
-TOKENS = 256
-"""Most tokens of one block, when they are in several."""
-FEW = 2048
-"""Up to this many tokens, blocks are half as long when only some are wanted: they waste less in the last one."""
+TOKENS = 512
+"""Most tokens of one block, when compact; half of it when only some tokens are wanted, so that the last wastes less."""
 _LOW = -1e30
 """Where the running maximum starts; finite, so that differences are never nan."""
 
@@ -311,7 +309,7 @@ def _blocks(settings: _Settings, hidden: Array, unembedding: Array, targets: Arr
         hidden = jnp.where(where[:, None], hidden, 0)  # padding may hold anything, also not finite
     if not settings.compact:
         return _Blocks(hidden[None], targets[None])
-    most = TOKENS if where is None or len(targets) > FEW else TOKENS // 2
+    most = TOKENS if where is None else TOKENS // 2
     count = -(-len(targets) // most)
     size = -(-len(targets) // count)
     if where is None:

@@ -1,4 +1,4 @@
-import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,9 @@ import optax
 import pytest
 
 from jaxmethods import adapters, models, objectives, sharding, training, tree
+from jaxmethods.data import Data
+from jaxmethods.launch import Mesh, Run
+from jaxmethods.launch.assembly import assemble
 from jaxmethods.tree import Mean
 from tests import tiny
 
@@ -71,36 +74,39 @@ def test_accumulated_means_weigh_parts_by_their_tokens():
     assert float(new.trained["w"]) == 1 - 2.5
 
 
-@pytest.mark.parametrize("axes", [{"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
-@pytest.mark.parametrize("adapter", [None, adapters.SMoRE(ranks=(1, 2), router_dim=8, gate_dim=4)], ids=["full", "smore"])
-def test_every_mesh_gives_what_one_device_gives_and_keeps_its_shardings(axes, adapter):
-    from jaxmethods.data import Data
-    from jaxmethods.launch import Mesh, Run
-    from jaxmethods.launch.assembly import assemble
+MESHES = [{"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
+SMORE = adapters.SMoRE(experts=(2, 3), fanout=(1, 2), ranks=(1, 2), router_dim=8, gate_dim=4)
 
-    batches = [tiny.batch(rows=8, seed=seed) for seed in range(3)]
+
+@functools.cache
+def losses(adapter, *axes):
+    """[(loss, gradient norm)] of three steps on a mesh (on one device without `axes`); checks the state's shardings."""
     run = Run(
         model="tiny", data=Data(train="none.jsonl", sequence_length=16), workdir="none", steps=10, batch_size=8,
-        adapters={} if adapter is None else {"mlp": adapter}, optimizer=training.Optimizer(learning_rate=1e-2, weight_decay=0.1),
+        adapters={} if adapter is None else {"up_proj": adapter}, mesh=Mesh(**{"fsdp": 1} | dict(axes)),
+        optimizer=training.Optimizer(learning_rate=1e-2, weight_decay=0.1),
     )  # fmt: skip
+    mesh = sharding.make_mesh(dict(axes) or {"data": 1}, jax.devices() if axes else jax.devices()[:1])
+    module, base = tiny.decoder()
+    made = assemble(run, module, jax.eval_shape(lambda: base), mesh)
+    placed = jax.device_put(base, jax.tree.map(lambda x: x.sharding, made.base))
+    flat = tree.flatten(placed) | tree.flatten(made.initial_adapters(jax.random.key(1)))
+    wanted = tree.flatten(made.state.trained)
+    trained, frozen = tree.partition(tree.unflatten(flat), lambda path: path in wanted)
+    state, found = made.initial_state(trained, jax.random.key(0)), []
+    for seed in range(3):
+        state, metrics = made.step(state, frozen, jax.device_put(tiny.batch(8, seed=seed), sharding.batch_sharding(mesh)))
+        found.append([float(metrics[name]) for name in ("loss", "gradient_norm")])
+    jax.tree.map(_same_sharding, state, made.state)
+    return found
 
-    def losses(axes, devices):
-        mesh = sharding.make_mesh(axes, devices)
-        module, base = tiny.decoder()
-        shapes = jax.eval_shape(lambda: base)
-        made = assemble(dataclasses.replace(run, mesh=Mesh(**{"fsdp": 1} | axes)), module, shapes, mesh)
-        fresh = made.initial_adapters(jax.random.key(1))
-        placed = jax.device_put(base, jax.tree.map(lambda x: x.sharding, made.base))
-        flat = tree.flatten(placed) | tree.flatten(fresh)
-        trained, frozen = tree.partition(tree.unflatten(flat), lambda path: path in tree.flatten(made.state.trained))
-        state, found = made.initial_state(trained, jax.random.key(0)), []
-        for batch in batches:
-            state, metrics = made.step(state, frozen, jax.device_put(batch, sharding.batch_sharding(mesh)))
-            found.append([float(metrics[name]) for name in ("loss", "gradient_norm")])
-        jax.tree.map(lambda x, like: _same_sharding(x, like), state, made.state)
-        return found
 
-    np.testing.assert_allclose(losses(axes, jax.devices()), losses({"data": 1}, jax.devices()[:1]), rtol=1e-5)
+@pytest.mark.parametrize(
+    ("adapter", "axes"), [*((None, axes) for axes in MESHES), (adapters.LoRA(rank=8), MESHES[3]), (SMORE, MESHES[3])],
+    ids=lambda value: getattr(value, "kind", str(value)),
+)  # fmt: skip
+def test_every_mesh_gives_what_one_device_gives_and_keeps_its_shardings(adapter, axes):
+    np.testing.assert_allclose(losses(adapter, *axes.items()), losses(adapter), rtol=1e-5)
 
 
 def _same_sharding(x, like):

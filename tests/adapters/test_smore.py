@@ -1,0 +1,608 @@
+"""S'MoRE against the released code's numbers, against a tree walked token by token, and against its own laws."""
+
+import functools
+import itertools
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmethods import tree
+from jaxmethods.adapters import SMoRE, smore
+
+GOLDEN = sorted((pathlib.Path(__file__).parents[1] / "golden" / "smore").glob("*.npz"))
+SMALL = {"gate_dim": 4, "router_dim": 5}
+run = functools.partial(jax.jit, static_argnames="spec")(smore.apply)
+run_route = functools.partial(jax.jit, static_argnames="spec")(smore.route)
+
+
+def random_params(spec, d_in=16, d_out=12, seed=0, size=0.5):
+    """Leaves with nothing at zero."""
+    params = smore.init(jax.random.key(seed), d_in, d_out, spec)
+    leaves, treedef = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    noise = [jnp.asarray(size * rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves]
+    return jax.tree.unflatten(treedef, [leaf + n for leaf, n in zip(leaves, noise, strict=True)])
+
+
+def tokens(count=9, width=16, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(count, width)), jnp.float32)
+
+
+def golden(path):
+    z = np.load(path)
+    spec = SMoRE(**json.loads(str(z["spec"])))
+    return z, spec, {name[6:]: z[name] for name in z.files if name.startswith("state/")}
+
+
+# The released code ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_the_released_codes_outputs_losses_and_routes(path):
+    z, spec, state = golden(path)
+    params = smore.from_official(state, spec)
+    delta, aux = smore.apply(params, z["x"], spec, token_mask=z["mask"])
+    np.testing.assert_allclose(delta, z["delta"], atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(aux, z["aux"], atol=1e-6)
+    routes = smore.route(params, z["x"], spec)
+    for layer in range(spec.layers):
+        indices, expected = np.asarray(routes.indices[layer]), z[f"route/indices.{layer}"]
+        assert indices.shape == expected.shape == (len(z["x"]), *spec.children[layer:][::-1])
+        if "distinct" not in z.files:  # there all scores are equal, and the order of children means nothing
+            np.testing.assert_array_equal(indices, expected)
+        np.testing.assert_allclose(routes.scores[layer], z[f"route/scores.{layer}"], atol=1e-5)
+
+
+@pytest.mark.parametrize("path", [p for p in GOLDEN if p.stem.startswith("routes_34")], ids=lambda path: path.stem)
+def test_fifty_four_routings_give_as_many_outputs_as_the_theory_says(path):
+    """Invariant 5 for s = (3, 4), f = (2, 2): 54 trees told apart, 36 when sigma is the identity."""
+    z, spec, state = golden(path)
+    delta = np.asarray(smore.apply(smore.from_official(state, spec), z["x"], spec)[0])
+    assert distinct(delta) == int(z["distinct"]) == (36 if spec.activation == "identity" else 54)
+
+
+def test_official_weights_go_there_and_back():
+    z, spec, state = golden(next(p for p in GOLDEN if p.stem == "L3_noisy_prelu_full"))
+    back = smore.to_official(smore.from_official(state, spec), spec)
+    assert back.keys() == state.keys()
+    jax.tree.map(np.testing.assert_array_equal, back, state)
+    live = {name.replace(".", ".default.", 1) if "." in name else name + ".default": x for name, x in state.items()}
+    jax.tree.map(np.testing.assert_array_equal, smore.from_official(live, spec), smore.from_official(state, spec))
+
+
+def test_official_weights_that_do_not_fit_are_refused():
+    _, spec, state = golden(next(p for p in GOLDEN if p.stem == "L2_switch_tanh_full"))
+    with pytest.raises(ValueError, match=r"lacks 'moe_W\.1'"):
+        smore.from_official({k: v for k, v in state.items() if k != "moe_W.1"}, spec)
+    with pytest.raises(ValueError, match=r"holds 'moe_gate\.0\.mlp\.1\.weight'"):
+        smore.from_official(state | {"moe_gate.0.mlp.1.weight": np.ones(1)}, spec)
+    with pytest.raises(ValueError, match=r"'moe_A\.1' has shape"):
+        smore.from_official(state | {"moe_A.1": np.ones((4, 2, 24))}, spec)
+
+
+# A tree, token by token -----------------------------------------------------------------------------------------
+
+
+def walk(params, x, spec, token_mask=None):
+    """(delta, loss, paths): equation 3 by recursion, one token and one node at a time, in float64."""
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    e, r = p["experts"], p["router"]
+    x = np.asarray(x, np.float64)
+    starts = np.cumsum([0, *spec.sizes])
+    slope = e.get("slope", [0.0] * spec.layers)
+    sigma = {"tanh": lambda v, a: np.tanh(v), "relu": lambda v, a: np.maximum(v, 0), "identity": lambda v, a: v,
+             "prelu": lambda v, a: np.where(v > 0, v, a * v)}[spec.activation.split("|")[0]]  # fmt: skip
+    rows = [[] for _ in range(spec.layers)]  # (valid, softmax or cosines, chosen, scores) of each parent
+
+    def choose(layer, context):
+        g = r["gate"][str(layer)]
+        q = np.maximum(context @ g["hidden"]["kernel"] + g["hidden"]["bias"], 0) @ g["query"]["kernel"] + g["query"]["bias"]
+        keys = g["keys"]
+        if spec.gate == "noisy_topk":
+            q, keys = q / np.linalg.norm(q), keys / np.linalg.norm(keys, axis=1, keepdims=True)
+        logits = keys @ q
+        soft = np.exp(logits) / np.exp(logits).sum()
+        if spec.gate == "dense":
+            return range(len(soft)), soft, soft, keys
+        best = sorted(range(len(logits)), key=lambda i: -logits[i])[: spec.fanout[layer]]
+        if spec.gate == "switch":
+            return best, soft[best] / (soft[best].sum() if len(best) > 1 else 1), soft, keys
+        kept = np.exp(logits[best])
+        return best, kept / kept.sum() if len(best) > 1 else logits[best], logits, keys
+
+    def node(token, valid, layer, context):
+        """The state x_{layer + 1} of a parent whose children come from `layer`."""
+        if layer < 0:
+            return None
+        chosen, scores, soft, keys = choose(layer, context)
+        rows[layer].append((valid, soft, list(chosen), scores))
+        out = np.zeros(spec.widths[layer + 1])
+        for expert, alpha in zip(chosen, scores, strict=True):
+            below = node(token, valid, layer - 1, np.concatenate([context, keys[expert]]))
+            start = starts[layer] + expert * spec.ranks[layer]
+            a = slice(start, start + spec.ranks[layer])
+            h = token @ e["a"]["kernel"][:, a] + e["a"]["bias"][a]
+            b = e["b"][str(layer)]
+            term = spec.scales[layer] * (h @ b["kernel"][expert] + b["bias"][expert])
+            if layer:
+                term = term + below @ e["w"][str(layer)]["kernel"] + e["w"][str(layer)]["bias"]
+            out += alpha * sigma(term, slope[layer])
+        return out
+
+    mask = np.ones(len(x), bool) if token_mask is None else np.asarray(token_mask)
+    delta = []
+    for token, valid in zip(x, mask, strict=True):
+        root = node(token, valid, spec.layers - 1, token @ r["down"]["kernel"] + r["down"]["bias"])
+        delta.append(root @ e["proj"]["kernel"] + e["proj"]["bias"])
+
+    loss = 0.0
+    for s, layer in zip(spec.experts, rows, strict=True):
+        layer = [row for row in layer if row[0]]
+        if spec.gate == "dense" or not layer:
+            continue
+        if spec.gate == "switch":
+            share = np.array([sum(e in chosen for _, _, chosen, _ in layer) for e in range(s)]) / len(layer)
+            loss += s * (share * np.mean([soft for _, soft, _, _ in layer], 0)).sum()
+        else:
+            importance, load = np.zeros(s), np.zeros(s)
+            for _, _, chosen, scores in layer:
+                importance[chosen] += scores
+                load[chosen] += scores > 0
+            loss += sum(v.var(ddof=1) / (v.mean() ** 2 + 1e-10) for v in (importance, load))
+    return np.array(delta), spec.balance_weight * loss
+
+
+@pytest.mark.parametrize("gate", ["dense", "switch", "noisy_topk"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"experts": (3,), "fanout": (2,), "ranks": (3,), "activation": "tanh"},
+        {"experts": (3, 4), "fanout": (1, 1), "ranks": (2, 1), "activation": "relu", "scale": (2.0, 0.5)},
+        {"experts": (2, 5), "fanout": (1, 3), "ranks": (3, 2), "activation": "prelu|0.1", "gate_dim": (3, 6)},
+        {"experts": (3, 2, 4), "fanout": (2, 1, 3), "ranks": (1, 2, 1), "activation": "identity"},
+    ],
+    ids=["L1", "L2_f1", "L2", "L3"],
+)
+def test_the_batched_form_equals_a_walk_through_each_tree(gate, shape):
+    spec = SMoRE(**(SMALL | shape), gate=gate)
+    params, x, mask = random_params(spec), tokens(7), np.arange(7) % 3 > 0
+    delta, loss = run(params, x, spec, token_mask=mask)
+    expected, expected_loss = walk(params, x, spec, mask)
+    np.testing.assert_allclose(delta, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-4, atol=1e-7)
+
+
+# The start ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("initialization", smore.INITIALIZATIONS)
+def test_a_fresh_adapter_gives_exactly_zero(initialization):
+    spec = SMoRE(experts=(2, 3), fanout=(1, 2), ranks=(2, 1), initialization=initialization, **SMALL)
+    params = smore.init(jax.random.key(0), 16, 12, spec)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        x, frozen = tokens().astype(dtype), jnp.full((9, 12), 0.1, dtype)
+        delta, _ = run(params, x, spec)
+        assert delta.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(frozen + delta).view(np.uint8), np.asarray(frozen).view(np.uint8))
+
+
+def test_the_random_parts_start_within_their_bounds():
+    spec = SMoRE(experts=(4, 4), ranks=(4, 9), gate="noisy_topk", activation="prelu|0.1", gate_dim=16, router_dim=25)
+    flat = tree.flatten(smore.init(jax.random.key(0), 64, 12, spec))
+    bounds = {"experts/a/kernel": 1 / 8, "experts/b/0/kernel": 1 / 2, "experts/b/1/kernel": 1 / 3, "experts/w/1/kernel": 1 / 4,
+              "router/down/kernel": 1 / 8, "router/down/bias": 1 / 8, "router/gate/1/hidden/kernel": 1 / 5,
+              "router/gate/0/query/kernel": 1 / 4, "router/gate/0/query/bias": 1 / 4}  # fmt: skip
+    for path, bound in bounds.items():
+        assert 0.7 * bound < float(jnp.abs(flat[path]).max()) <= bound, path
+    assert float(flat["router/gate/0/keys"].min()) >= 0 and float(flat["router/gate/0/keys"].max()) > 0.8
+    for path in flat:
+        if path.endswith(("noise/kernel", "proj/kernel")) or (path.startswith("experts") and path.endswith("bias")):
+            assert not flat[path].any(), path
+    np.testing.assert_allclose(flat["experts/slope"], 0.1)
+
+
+def test_eq_1_layer_copies():
+    spec = SMoRE(experts=(2, 2), ranks=(2, 1), fanout=(1, 1), initialization="eq_1_layer")
+    experts = smore.init(jax.random.key(0), 16, 12, spec)["experts"]
+    np.testing.assert_array_equal(experts["b"]["0"]["kernel"].reshape(4, 4), np.eye(4))
+    np.testing.assert_array_equal(experts["b"]["1"]["kernel"].reshape(2, 6), np.eye(2, 6))
+    np.testing.assert_array_equal(experts["w"]["1"]["kernel"], np.eye(6)[2:])
+
+
+# What it contains as special cases ------------------------------------------------------------------------------
+
+
+def test_one_layer_with_identity_is_a_mixture_of_loras():
+    spec = SMoRE(experts=(4,), fanout=(2,), ranks=(3,), activation="identity", **SMALL)
+    params, x = random_params(spec), tokens()
+    indices, scores = (np.asarray(part[0]) for part in run_route(params, x, spec))
+    e = tree.flatten(params["experts"])
+    expected = np.tile(e["proj/bias"], (len(x), 1))
+    for n, token in enumerate(np.asarray(x)):
+        for expert, alpha in zip(indices[n], scores[n], strict=True):
+            own = slice(3 * expert, 3 * expert + 3)
+            h = token @ e["a/kernel"][:, own] + e["a/bias"][own]
+            expected[n] += alpha * (h @ e["b/0/kernel"][expert] + e["b/0/bias"][expert]) @ e["proj/kernel"]
+    np.testing.assert_allclose(run(params, x, spec)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_expert_is_plain_lora():
+    spec = SMoRE(experts=(1,), fanout=(1,), ranks=(4,), activation="identity", gate="dense", **SMALL)
+    params, x = random_params(spec), tokens()
+    params["experts"] = jax.tree.map_with_path(
+        lambda path, leaf: leaf * 0 if path[-1].key == "bias" else leaf, params["experts"]
+    )
+    e = params["experts"]
+    lora = x @ e["a"]["kernel"] @ (e["b"]["0"]["kernel"][0] @ e["proj"]["kernel"])
+    np.testing.assert_allclose(run(params, x, spec)[0], lora, rtol=1e-4, atol=1e-5)
+
+
+def test_copying_layers_with_identity_are_a_flat_mixture_of_all_orders():
+    """Invariant 4: eq. 2 with weights summed over paths, W_proj holding the top layer's columns first."""
+    spec = SMoRE(experts=(3, 4, 2), fanout=(2, 2, 2), ranks=(2, 1, 3), activation="identity", initialization="eq_1_layer", **SMALL)
+    params, x = smore.init(jax.random.key(0), 16, 12, spec), tokens()
+    rng = np.random.default_rng(0)
+    ups = [rng.normal(size=(s, r, 12)).astype(np.float32) for s, r in zip(spec.experts, spec.ranks, strict=True)]
+    params["experts"]["proj"]["kernel"] = jnp.concatenate([up.reshape(-1, 12) for up in reversed(ups)])
+    routes = run_route(params, x, spec)
+    a, start = np.asarray(params["experts"]["a"]["kernel"]), np.cumsum([0, *spec.sizes])
+    expected = np.zeros((len(x), 12))
+    for n, token in enumerate(np.asarray(x)):
+        for layer, r in enumerate(spec.ranks):
+            weights = np.zeros(spec.experts[layer])
+            for path in itertools.product(*(range(f) for f in spec.fanout[:layer - 1 if layer else None:-1])):
+                alphas = [routes.scores[above][(n, *path[: spec.layers - above])] for above in range(layer, spec.layers)]
+                weights[routes.indices[layer][(n, *path)]] += math.prod(map(float, alphas))
+            for expert, weight in enumerate(weights):
+                own = slice(start[layer] + expert * r, start[layer] + (expert + 1) * r)
+                expected[n] += weight * token @ a[:, own] @ ups[layer][expert]
+    np.testing.assert_allclose(run(params, x, spec)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def distinct(rows):
+    """How many rows differ by more than rounding."""
+    rows = rows / np.abs(rows).max()
+    far = np.abs(rows[:, None] - rows[None]).max(-1) > 1e-4
+    return sum(bool(far[i, :i].all()) for i in range(len(rows)))
+
+
+@pytest.mark.parametrize(("experts", "activation", "count"), [
+    ((4, 4), "tanh", 216), ((4, 4), "relu", 216), ((4, 4), "identity", 114), ((3, 4), "tanh", 54), ((3, 4), "identity", 36),
+])  # fmt: skip
+def test_how_many_outputs_all_routings_reach(experts, activation, count):
+    """Invariant 5, with alpha = 1 and every tree laid out by hand."""
+    spec = SMoRE(experts=experts, fanout=(2, 2), ranks=(3, 3), activation=activation, **SMALL)
+    params = random_params(spec, seed=3, size=1.0)
+    pairs = [list(itertools.combinations(range(s), 2)) for s in experts]
+    trees = [(top, lows) for top in pairs[1] for lows in itertools.product(pairs[0], repeat=2)]
+    assert len(trees) == math.prod(math.comb(s, 2) ** p for s, p in zip(experts, (2, 1), strict=True))
+
+    def choose(router, token, spec, valid, key):
+        chosen = [np.zeros((s, 2, parents, len(trees)), np.float32) for s, parents in zip(experts, (2, 1), strict=True)]
+        for n, (top, lows) in enumerate(trees):
+            for slot in range(2):
+                chosen[1][top[slot], slot, 0, n] = 1
+                for child in range(2):
+                    chosen[0][lows[slot][child], child, slot, n] = 1
+        return [smore._Choice(jnp.asarray(c), jnp.asarray(c.sum(1)), jnp.float32(0)) for c in chosen]
+
+    own, token = smore._compress(params, jnp.tile(tokens(1), (len(trees), 1)), spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smore, "_choose", choose)
+        state, _ = smore._grow(params, own, token, None, None, spec=spec)
+    assert distinct(np.asarray(state).T) == count
+
+
+# Laws -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate", smore.GATES)
+def test_the_order_of_experts_does_not_matter(gate):
+    """Invariants 6 and 7: experts permuted in A, B and keys; a node's children then come in another order, too."""
+    spec = SMoRE(experts=(3, 4), fanout=(2, 2), ranks=(2, 3), gate=gate, **SMALL)
+    params, x = random_params(spec), tokens()
+    official = smore.to_official(params, spec)
+    for layer, order in enumerate(([2, 0, 1], [3, 1, 0, 2])):
+        for name in official:
+            if name.startswith(("moe_A", "moe_B")) and name.endswith(f".{layer}") or name in (
+                f"moe_gate.{layer}.keys", f"moe_gate.{layer}.weight_noise.weight"
+            ):  # fmt: skip
+                official[name] = official[name][jnp.array(order)]
+    permuted = smore.from_official(official, spec)
+    for one, other in zip(run(params, x, spec), run(permuted, x, spec), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+TABLE_1 = {(8, 2): 5_120, (8, 3): 14_336, (8, 4): 30_720, (16, 2): 20_480, (16, 3): 57_344, (16, 4): 122_880}
+
+
+@pytest.mark.parametrize(("rank", "layers"), TABLE_1)
+def test_parameters_beyond_lora_as_in_table_1(rank, layers):
+    spec = SMoRE(experts=(4,) * layers, fanout=(2,) * layers, ranks=(rank,) * layers)
+    shapes = tree.flatten(jax.eval_shape(lambda: smore.init(jax.random.key(0), 4096, 4096, spec)["experts"]))
+    kernels = sum(math.prod(leaf.shape) for path, leaf in shapes.items() if path.endswith("kernel"))
+    assert kernels - 2 * 4096 * spec.widths[-1] == TABLE_1[rank, layers]
+
+
+@pytest.mark.parametrize(("ranks", "count"), [
+    ((1, 1), 33_001_216), ((2, 2), 47_186_176), ((4, 4), 75_602_176), ((4, 8), 104_045_824), ((8, 8), 132_618_496),
+    ((8, 16), 189_751_552), ((16, 16), 247_388_416), ((8, 32), 304_607_488), ((32, 32), 479_877_376),
+    ((32, 64), 714_307_840), ((64, 64), 956_651_776),
+])  # fmt: skip
+def test_parameters_of_an_adapted_llama_3_8b(ranks, count):
+    spec = SMoRE(ranks=ranks, router_dim=24, gate_dim=32)
+    maps = ((4096, 14336), (4096, 14336), (14336, 4096))
+    assert 32 * sum(smore.count_parameters(spec, *shape).total for shape in maps) == count
+
+
+@pytest.mark.parametrize("gate", smore.GATES)
+@pytest.mark.parametrize("activation", ["tanh", "prelu"])
+def test_the_closed_form_counts_the_leaves(gate, activation):
+    spec = SMoRE(experts=(3, 2), fanout=(2, 1), ranks=(2, 1), gate=gate, activation=activation, **SMALL)
+    shapes = jax.eval_shape(lambda: smore.init(jax.random.key(0), 16, 12, spec))
+    counted = smore.count_parameters(spec, 16, 12)
+    assert counted == (tree.count(shapes["experts"]), tree.count(shapes["router"]))
+    if gate == "switch" and activation == "tanh":
+        assert counted == (386, 209)
+
+
+def gradient(params, x, spec, **options):
+    """Of a random functional of delta, and of the loss."""
+    g = tokens(x.shape[0], 12, seed=5)
+    both = lambda p: (lambda delta, aux: (delta * g).sum() + aux)(*smore.apply(p, x, spec, **options))  # noqa: E731
+    return jax.jit(jax.grad(both))(params)
+
+
+def test_gradients_reach_all_dense_experts_and_only_selected_sparse_ones():
+    dense = SMoRE(experts=(3, 4), ranks=(2, 3), gate="dense", **SMALL)
+    grads = tree.flatten(gradient(random_params(dense), tokens(1), dense))
+    assert float(run(random_params(dense), tokens(1), dense)[1]) == 0
+    for layer in (0, 1):
+        per_expert = jnp.abs(grads[f"experts/b/{layer}/kernel"]).max((1, 2))
+        assert (per_expert > 0).all()
+
+    for gate in ("switch", "noisy_topk"):
+        spec = SMoRE(experts=(3, 4), fanout=(1, 2), ranks=(2, 3), gate=gate, **SMALL)
+        params, x = random_params(spec), tokens(1)
+        routes = run_route(params, x, spec)
+        grads = smore.to_official(gradient(params, x, spec), spec)
+        for layer in (0, 1):
+            selected = set(np.asarray(routes.indices[layer]).ravel().tolist())
+            for name in (f"moe_A.{layer}", f"moe_B.{layer}", f"moe_A_bias.{layer}", f"moe_B_bias.{layer}"):
+                moved = np.abs(grads[name]).reshape(len(grads[name]), -1).max(1) > 0
+                assert set(np.flatnonzero(moved).tolist()) == selected, name
+
+
+def test_a_single_child_trains_the_switch_router():
+    """Invariant 15: with fanout 1 the raw probability is kept, and it has a gradient without the loss, too."""
+    spec = SMoRE(experts=(3, 4), fanout=(1, 1), ranks=(2, 3), balance_weight=0.0, **SMALL)
+    grads = tree.flatten(gradient(random_params(spec), tokens(), spec))
+    assert all(float(jnp.abs(grads[path]).max()) > 1e-6 for path in grads if path.startswith("router"))
+
+
+@pytest.mark.parametrize("gate", smore.GATES)
+def test_the_gradient_is_that_of_finite_differences(gate):
+    """In float64, where routing stays fixed in a small enough neighbourhood."""
+    with jax.enable_x64(True):
+        spec = SMoRE(experts=(3, 2, 4), fanout=(2, 1, 2), ranks=(2, 1, 1), gate=gate, **SMALL)
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), random_params(spec))
+        x, g = tokens(4).astype(jnp.float64), tokens(4, 12, seed=5).astype(jnp.float64)
+        value = jax.jit(lambda p, x: (smore.apply(p, x, spec)[0] * g).sum())
+        direction = random_params(spec, seed=7)
+        dx, step = tokens(4, seed=8).astype(jnp.float64), 1e-6
+        move = lambda t: (jax.tree.map(lambda a, b: a + t * b, params, direction), x + t * dx)  # noqa: E731
+        slope = (value(*move(step)) - value(*move(-step))) / (2 * step)
+        grads = jax.jit(jax.grad(value, (0, 1)))(params, x)
+        along = jax.tree.map(lambda a, b: (a * b).sum(), grads, (direction, dx))
+        np.testing.assert_allclose(sum(jax.tree.leaves(along)), slope, rtol=1e-5)
+
+
+# The losses -----------------------------------------------------------------------------------------------------
+
+
+def test_the_switch_loss_is_fanout_when_balanced_and_more_when_collapsed():
+    """Invariant 11, on the gate itself: gamma * f is the least."""
+    balanced = jnp.log(jnp.array([[0.4, 0.4, 0.1, 0.1], [0.1, 0.1, 0.4, 0.4]], jnp.float32)).T[:, None]
+    collapsed = jnp.broadcast_to(balanced[..., :1], balanced.shape)
+    assert float(smore._switch_gate(balanced, 2, None).loss) == pytest.approx(2.0)
+    assert float(smore._switch_gate(collapsed, 2, None).loss) == pytest.approx(4 * 2 * 0.4)
+
+
+def test_noise_is_for_training_only_and_has_the_stated_width():
+    """Invariant 12: without W_noise the logits' noise has std softplus(0) + 0.01."""
+    spec = SMoRE(experts=(4,), fanout=(1,), ranks=(2,), gate="noisy_topk", **SMALL)
+    params, x = smore.init(jax.random.key(0), 16, 12, spec), jnp.tile(tokens(1), (4000, 1))
+    quiet, again = run_route(params, x, spec), run_route(params, x, spec)
+    jax.tree.map(np.testing.assert_array_equal, quiet, again)
+    token = smore._compress(params, x, spec)[1]
+    cosines = np.asarray(smore._choose(params["router"], token, spec, None, None)[0].weights).max(0)
+    key = jax.random.key(1)
+    noisy = run_route(params, x, spec, key=key)
+    assert len(np.unique(noisy.indices[0])) == 4 and len(np.unique(quiet.indices[0])) == 1
+
+    logits = jnp.zeros((3, 1, 5000), jnp.float32)
+    kept = smore._noisy_gate(logits, jnp.zeros_like(logits), 1, None, key).weights.max(0)  # largest of three normals
+    draws = np.random.default_rng(0).normal(size=(200_000, 3)).max(1)
+    assert float(kept.std()) == pytest.approx((math.log(2) + 0.01) * draws.std(), rel=0.05)
+    assert float(kept.mean()) == pytest.approx((math.log(2) + 0.01) * draws.mean(), rel=0.05)
+    assert np.isfinite(cosines).all()
+
+
+def test_the_noisy_loss_while_training():
+    """Shazeer et al.'s smooth load, recomputed from the same noise."""
+    rng = np.random.default_rng(0)
+    clean, raw = (jnp.asarray(rng.normal(size=(4, 2, 5)), jnp.float32) for _ in range(2))
+    key, mask = jax.random.key(3), np.array([True, True, False, True, True])
+    choice = smore._noisy_gate(clean, raw, 2, jnp.asarray(mask), key)
+    std = np.log1p(np.exp(raw)) + 0.01
+    noisy = np.asarray(clean + std * jax.random.normal(key, clean.shape, clean.dtype))
+    importance, load = np.zeros(4), np.zeros(4)
+    for parent, token in itertools.product(range(2), np.flatnonzero(mask)):
+        row = noisy[:, parent, token]
+        order = np.argsort(-row)
+        importance[order[:2]] += np.exp(row[order[:2]]) / np.exp(row[order[:2]]).sum()
+        for e in range(4):
+            bar = row[order[2]] if e in order[:2] else row[order[1]]
+            z = (float(clean[e, parent, token]) - bar) / std[e, parent, token]
+            load[e] += 0.5 * (1 + math.erf(z / math.sqrt(2)))
+    expected = sum(v.var(ddof=1) / v.mean() ** 2 for v in (importance, load))
+    assert float(choice.loss) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("gate", smore.GATES)
+@pytest.mark.parametrize("training", [False, True])
+def test_padding_changes_neither_loss_nor_its_gradient_and_no_token_gives_zero(gate, training):
+    if training and gate != "noisy_topk":
+        pytest.skip("only the noisy gate draws")
+    spec = SMoRE(experts=(3, 4), fanout=(2, 2), ranks=(2, 3), gate=gate, **SMALL)
+    params, x = random_params(spec), tokens(6)
+    key = jax.random.key(0) if training else None
+    mask = np.array([True, True, False, True, False, True])
+    other = x.at[jnp.array([2, 4])].set(7.0)  # what stands at padded places
+    loss = jax.jit(jax.value_and_grad(lambda p, x, m: smore.apply(p, x, spec, token_mask=m, key=key)[1]))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), loss(params, x, mask), loss(params, other, mask))
+    if not training:  # noise is drawn by shape
+        short, full = run(params, x[mask], spec), run(params, x, spec, token_mask=mask)
+        np.testing.assert_allclose(short[1], full[1], rtol=1e-5)
+        np.testing.assert_allclose(short[0], full[0][mask], rtol=1e-4, atol=1e-5)
+    value, grads = loss(params, x, np.zeros(6, bool))
+    assert float(value) == 0
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
+
+
+# Shapes, dtypes, transformations --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate", smore.GATES)
+def test_three_layers_have_the_stated_shapes(gate):
+    spec = SMoRE(experts=(3, 4, 5), fanout=(2, 3, 4), ranks=(1, 1, 1), gate=gate, gate_dim=(4, 6, 7), router_dim=5)
+    params = random_params(spec)
+    assert spec.context_dims == (5 + 7 + 6, 5 + 7, 5)
+    assert [params["router"]["gate"][str(layer)]["hidden"]["kernel"].shape[0] for layer in range(3)] == [18, 12, 5]
+    routes = run_route(params, tokens(3), spec)
+    f = spec.children
+    assert [r.shape for r in routes.indices] == [(3, f[2], f[1], f[0]), (3, f[2], f[1]), (3, f[2])]
+    assert [r.shape for r in routes.scores] == [r.shape for r in routes.indices]
+    for layer in range(3):  # the children of one parent are distinct
+        ordered = np.sort(routes.indices[layer], -1)
+        assert (np.diff(ordered, axis=-1) > 0).all()
+
+
+def test_equal_logits_pick_the_first_experts():
+    logits = jnp.array([1.0, 3.0, 3.0, 1.0, 3.0], jnp.float32)[:, None, None]
+    np.testing.assert_array_equal(smore._rank(logits)[:, 0, 0], [3, 0, 1, 4, 2])
+
+
+@pytest.mark.parametrize("gate", smore.GATES)
+def test_bfloat16_inputs_route_in_float32(gate):
+    spec = SMoRE(experts=(3, 4), fanout=(2, 2), ranks=(2, 3), gate=gate, **SMALL)
+    params, x = random_params(spec), tokens().astype(jnp.bfloat16)
+    (delta, aux), (wide, wide_aux) = run(params, x, spec), run(params, x.astype(jnp.float32), spec)
+    assert (delta.dtype, aux.dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(aux, wide_aux, rtol=1e-5)
+    np.testing.assert_allclose(delta.astype(jnp.float32), wide, atol=0.03 * float(jnp.abs(wide).max()))
+    for one, other in zip(run_route(params, x, spec).indices, run_route(params, x.astype(jnp.float32), spec).indices, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("gate", smore.GATES)
+def test_vmap_scan_and_checkpoint_over_stacked_layers_agree(gate):
+    spec = SMoRE(experts=(3, 4), fanout=(2, 2), ranks=(2, 3), gate=gate, **SMALL)
+    parts = [random_params(spec, 16, 16, seed) for seed in (0, 1)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    x, keys = tokens(), jax.random.split(jax.random.key(0), 2)
+
+    def layer(x, leaves):
+        params, key = leaves
+        delta, aux = smore.apply(params, x, spec, key=key)
+        return jnp.tanh(x + delta), aux
+
+    def total(parts, unrolled):
+        if unrolled:
+            y, losses = x, []
+            for params, key in zip(parts, keys, strict=True):
+                y, aux = layer(y, (params, key))
+                losses.append(aux)
+            return (y**2).sum() + sum(losses)
+        y, losses = jax.lax.scan(jax.checkpoint(layer), x, (parts, keys))
+        return (y**2).sum() + losses.sum()
+
+    one, one_grad = jax.jit(jax.value_and_grad(lambda p: total(p, False)))(stacked)
+    two, two_grad = jax.jit(jax.value_and_grad(lambda p: total(p, True)))(parts)
+    np.testing.assert_allclose(one, two, rtol=1e-5)
+    check = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
+    jax.tree.map(lambda a, *b: check(a, jnp.stack(b)), one_grad, *two_grad)
+
+    mapped = jax.jit(jax.vmap(lambda p: smore.apply(p, x, spec)))(stacked)
+    for index, params in enumerate(parts):
+        jax.tree.map(lambda a, b, i=index: check(a[i], b), mapped, run(params, x, spec))
+
+
+def test_a_real_size_trains_on_this_backend():
+    """Forward and backward at a width and a length where a compiler's fused reductions have crashed before."""
+    spec = SMoRE(router_dim=16, gate_dim=16)
+    params, x = random_params(spec, 192, 12), tokens(512, 192)
+    grads = gradient(params, x, spec, token_mask=np.arange(512) < 500)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
+
+
+def test_delta_takes_any_number_of_axes():
+    spec = SMoRE(experts=(3, 4), fanout=(2, 2), ranks=(2, 3), **SMALL)
+    params, x, mask = random_params(spec), tokens(6), np.arange(6) < 4
+    flat, aux = run(params, x, spec, token_mask=mask)
+    delta, same = spec.delta(params, x.reshape(2, 3, 16), token_mask=mask.reshape(2, 3))
+    np.testing.assert_allclose(delta.reshape(6, 12), flat, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(same, aux, rtol=1e-6)
+
+
+# Configuration --------------------------------------------------------------------------------------------------
+
+
+def test_lists_become_tuples_and_the_dense_gate_ignores_fanout():
+    spec = SMoRE(experts=[3, 4], fanout=[2, 2], ranks=[2, 3], gate_dim=[4, 5], scale=[1.0, 2.0])
+    assert spec == SMoRE(experts=(3, 4), fanout=(2, 2), ranks=(2, 3), gate_dim=(4, 5), scale=(1.0, 2.0))
+    assert isinstance(hash(spec), int)
+    assert SMoRE(experts=(5,), ranks=(2,), gate="dense").children == (5,)
+    assert (SMoRE().has_loss, SMoRE().needs_key, SMoRE().token_dependent) == (True, False, True)
+    assert not SMoRE(gate="dense").has_loss and SMoRE(gate="noisy_topk").needs_key
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"gate": "swich"}, r"gate='swich'.*did you mean 'switch'"),
+    ({"activation": "thanh"}, r"activation='thanh'.*did you mean 'tanh'"),
+    ({"activation": "prelu|x"}, r"like \"prelu\|0.25\""),
+    ({"activation": "tanh|0.1"}, r"only \"prelu\" takes a number"),
+    ({"gate_activation": "gelu"}, r"gate_activation='gelu'"),
+    ({"initialization": "w_final_zeros"}, r"did you mean 'w_final_zero'"),
+    ({"variant": "fulll"}, r"did you mean 'full'"),
+    ({"variant": "star"}, r"'star' is not implemented yet; only variant=\"full\""),
+    ({"ranks": (8,)}, r"ranks=\(8,\) has 1 entries but experts=\(4, 4\) has 2"),
+    ({"scale": (1.0,)}, r"scale=\(1.0,\) has 1 entries"),
+    ({"gate_dim": (8, 8, 8)}, r"gate_dim=\(8, 8, 8\) has 3 entries"),
+    ({"fanout": (2, 5)}, r"fanout=\(2, 5\) exceeds experts=\(4, 4\)"),
+    ({"experts": ()}, r"experts=\(\) must be"),
+    ({"ranks": (8, 0)}, r"ranks=\(8, 0\) must be"),
+    ({"router_dim": 0}, r"router_dim=0 must be"),
+    ({"balance_weight": -1.0}, r"balance_weight=-1.0"),
+])  # fmt: skip
+def test_wrong_fields_are_refused_with_the_way_out(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SMoRE(**fields)
+
+
+def test_noisy_training_needs_an_expert_left_out_but_inference_does_not():
+    spec = SMoRE(experts=(2,), fanout=(2,), ranks=(2,), gate="noisy_topk", **SMALL)
+    params = random_params(spec)
+    assert run(params, tokens(), spec)[0].shape == (9, 12)
+    with pytest.raises(ValueError, match="fanout=2 picks every expert"):
+        smore.apply(params, tokens(), spec, key=jax.random.key(0))
+
+
+def test_it_cannot_be_merged():
+    with pytest.raises(ValueError, match="cannot be merged"):
+        SMoRE().merge({}, jnp.ones((2, 2)))
