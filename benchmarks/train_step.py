@@ -56,7 +56,16 @@ class Options:
     """(Of the script itself: the model as transformers reads it.)"""
 
 
-CASES = ("jax imports", "torch imports", "jax lora", "torch lora", "jax full", "torch full", "jax lora mlp", "jax smore mlp")
+CASES = (
+    "jax imports",
+    "torch imports",
+    "jax lora",
+    "torch lora",
+    "jax full",
+    "torch full",
+    "jax lora mlp",
+    "jax smore mlp",
+)
 
 
 def batch(o: Options) -> np.ndarray:
@@ -146,7 +155,10 @@ def matmul_rate(o: Options) -> float:
     """Operations a second of a plain float32 product of the MLP's shape, in JAX."""
     import jax
 
-    x, w = jax.random.normal(jax.random.key(0), (o.rows * o.length, 576)), jax.random.normal(jax.random.key(1), (576, 1536))
+    x, w = (
+        jax.random.normal(jax.random.key(0), (o.rows * o.length, 576)),
+        jax.random.normal(jax.random.key(1), (576, 1536)),
+    )
     many = jax.jit(lambda x, w: jax.lax.fori_loop(0, 200, lambda _, x: (x @ w)[:, :576] * 0.02, x))
     many(x, w).block_until_ready()
     start = time.perf_counter()
@@ -166,7 +178,11 @@ def run(o: Options, child: str, folder: str) -> dict[str, float]:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(o.threads), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
     }  # fmt: skip
-    values = [f"--{k}={v}" for k, v in dataclasses.asdict(dataclasses.replace(o, child=child, folder=folder, to=None)).items() if v is not None]
+    values = [
+        f"--{k}={v}"
+        for k, v in dataclasses.asdict(dataclasses.replace(o, child=child, folder=folder, to=None)).items()
+        if v is not None
+    ]
     line = [sys.executable, __file__, *values]
     if hasattr(os, "sched_setaffinity"):
         line = ["taskset", "-c", f"0-{o.threads - 1}", *line]
@@ -241,7 +257,11 @@ def table(o: Options, results: dict[str, list[dict[str, float]]]) -> str:
 
 def cpu() -> str:
     try:
-        return next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
+        return next(
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 

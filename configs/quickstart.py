@@ -38,7 +38,9 @@ def config() -> Run:
         ),
         workdir="runs/quickstart",
         # The paper's place (the three maps of every MLP) and its shape "4-4": two layers of four experts, two at work in each.
-        adapters={"mlp/(gate|up|down)_proj": SMoRE(experts=(4, 4), fanout=(2, 2), ranks=(4, 8), router_dim=16, gate_dim=16)},
+        adapters={
+            "mlp/(gate|up|down)_proj": SMoRE(experts=(4, 4), fanout=(2, 2), ranks=(4, 8), router_dim=16, gate_dim=16)
+        },
         optimizer=Optimizer(learning_rate=2e-3, schedule="cosine", warmup=5),
         steps=60,
         batch_size=4,

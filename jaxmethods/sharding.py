@@ -42,7 +42,7 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Devic
         ValueError: an unknown axis, or sizes that do not use every device.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = {name: 1 for name in AXES} | dict({"fsdp": -1} if axes is None else axes)
+    sizes = dict.fromkeys(AXES, 1) | dict({"fsdp": -1} if axes is None else axes)
     if unknown := sizes.keys() - set(AXES):
         raise ValueError(f"mesh axis {sorted(unknown)[0]!r} is unknown; the axes are {', '.join(AXES)}.")
     free = [name for name, size in sizes.items() if size == -1]
@@ -68,12 +68,8 @@ def spec_for(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules) -> P:
     An axis that does not divide its dimension is left out (the dimension is then replicated): small models run on
     any mesh. Leaves without a rule are replicated.
     """
-    for pattern, spec in rules:
-        if re.search(pattern, path):
-            break
-    else:
-        return P()
-    if len(spec) > len(shape):
+    spec = next((spec for pattern, spec in rules if re.search(pattern, path)), P())
+    if not spec or len(spec) > len(shape):
         return P()
     entries = [None] * (len(shape) - len(spec)) + list(spec)
     return P(*(_that_divide(entry, size, mesh) for entry, size in zip(entries, shape, strict=True)))

@@ -148,5 +148,3 @@ def _counting_tokens(step: training.step.Step) -> training.step.Step:
         return state, metrics | {"tokens": (batch["segment_ids"] > 0).sum()}
 
     return counted
-
-

@@ -76,7 +76,9 @@ def _run_of(command: str, arguments: list[str], extra: Any = None) -> Any:
     positional = [a for a in arguments[:1] if not a.startswith("-")]
     if not positional:
         if {"-h", "--help"} & set(arguments):
-            print(f"usage: jaxmethods {COMMANDS[command]}\n\nGive a config before --help to see its fields with their values.")
+            print(
+                f"usage: jaxmethods {COMMANDS[command]}\n\nGive a config before --help to see its fields with their values."
+            )
             sys.exit(0)
         raise ValueError(f"{command} needs a config: jaxmethods {command} CONFIG.py")
     run = config.load_config(positional[0])
@@ -94,7 +96,9 @@ def _take_data(arguments: list[str], run: Any) -> tuple[list[str], Any]:
     """Takes `--data PATH` (training rows) and `--evaluation PATH` (held-out rows) out of the arguments."""
     import dataclasses
 
-    rest = [part for a in arguments for part in (a.split("=", 1) if a.startswith(("--data=", "--evaluation=")) else [a])]
+    rest = [
+        part for a in arguments for part in (a.split("=", 1) if a.startswith(("--data=", "--evaluation=")) else [a])
+    ]
     for flag, field in (("--data", "train"), ("--evaluation", "evaluation")):
         while flag in rest:
             at = rest.index(flag)

@@ -129,7 +129,9 @@ def load_config(path: str) -> Run:
     """
     file = Path(path)
     if not file.is_file():
-        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")] if file.parent.is_dir() else [], 1, 0.5)
+        near = difflib.get_close_matches(
+            file.name, [p.name for p in file.parent.glob("*.py")] if file.parent.is_dir() else [], 1, 0.5
+        )
         hint = f"; did you mean {file.parent / near[0]}?" if near else "."
         raise FileNotFoundError(f"config {path} does not exist{hint}")
     spec = importlib.util.spec_from_file_location("jaxmethods_config", file)
@@ -152,7 +154,9 @@ def load_config(path: str) -> Run:
     finally:
         sys.dont_write_bytecode = written
     if not isinstance(run, Run):
-        raise ValueError(f"config {path}: config() returned {type(run).__name__}; it must return jaxmethods.launch.Run.")
+        raise ValueError(
+            f"config {path}: config() returned {type(run).__name__}; it must return jaxmethods.launch.Run."
+        )
     return run
 
 
@@ -164,7 +168,9 @@ def _explain_field(text: str) -> str:
     name, field = match.groups()
     known = next(([f.name for f in dataclasses.fields(c)] for c in _classes(Run) if c.__name__ == name), [])
     near = difflib.get_close_matches(field, known, 1)
-    return f"{name} has no field {field!r}" + (f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}.")
+    return f"{name} has no field {field!r}" + (
+        f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}."
+    )
 
 
 def _classes(kind: Any, seen: frozenset[Any] = frozenset()) -> list[Any]:
@@ -227,6 +233,6 @@ def differences(old: Run, new: Run) -> dict[str, tuple[Any, Any]]:
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
-    return {k: v for name, part in value.items() for k, v in _flat(part, f"{prefix}.{name}" if prefix else name).items()}
-
-
+    return {
+        k: v for name, part in value.items() for k, v in _flat(part, f"{prefix}.{name}" if prefix else name).items()
+    }

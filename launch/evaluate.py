@@ -62,9 +62,7 @@ def evaluate(options: Evaluate) -> None:
                 max_new_tokens=options.max_new_tokens, batch_size=min(options.batch_size, len(rows)),
                 progress=lambda text, name=name: status.update(f"{name}: {text}"),  # type: ignore[misc]
             )  # fmt: skip
-    numbers = {
-        name: {"nll": r.nll, "perplexity": r.perplexity, "rouge_l": r.rouge_l} for name, r in results.items()
-    }
+    numbers = {name: {"nll": r.nll, "perplexity": r.perplexity, "rouge_l": r.rouge_l} for name, r in results.items()}
     record = {"data": source, "rows": len(rows), "step": opened.step, **numbers}
     if opened.run:
         (epath.Path(options.model) / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -80,7 +78,9 @@ def _rows(options: Evaluate, opened: Opened) -> tuple[list[dict[str, str]], str]
     """The first rows of the file that is asked for, or of the run's own, by the names `prompt` and `answer`."""
     if options.data is None and (opened.run is None or not opened.run.data.evaluation):
         raise ValueError("evaluate needs --data FILE: there is no run with evaluation data to take rows from.")
-    sources: Any = opened.run.data.evaluation if options.data is None and opened.run else (data.Source(str(options.data)),)
+    sources: Any = (
+        opened.run.data.evaluation if options.data is None and opened.run else (data.Source(str(options.data)),)
+    )
     source = sources[0]
     records = data.open_records(source.path)
     rows = [records[i] for i in range(min(options.rows, len(records)))]
@@ -91,7 +91,11 @@ def _rows(options: Evaluate, opened: Opened) -> tuple[list[dict[str, str]], str]
 
 
 def _show(
-    console: Console, options: Evaluate, results: dict[str, completion.Completion], rows: Sequence[dict[str, str]], source: str
+    console: Console,
+    options: Evaluate,
+    results: dict[str, completion.Completion],
+    rows: Sequence[dict[str, str]],
+    source: str,
 ) -> None:
     table = Table(title=f"{len(rows)} held-out rows of {source}")
     table.add_column("")
@@ -122,8 +126,13 @@ def _next_steps(console: Console, workdir: str, opened: Opened) -> None:
     if picture.exists():
         console.print(f"loss over steps  {picture}")
     console.print(f"ask it           jaxmethods generate {workdir} --prompt TEXT", markup=False)
-    token_dependent = opened.run is not None and any(getattr(a, "token_dependent", False) for a in opened.run.adapters.values())
-    console.print(f"export it        jaxmethods export {workdir} --to OUT --format {'adapter' if token_dependent else 'hf'}", markup=False)
+    token_dependent = opened.run is not None and any(
+        getattr(a, "token_dependent", False) for a in opened.run.adapters.values()
+    )
+    console.print(
+        f"export it        jaxmethods export {workdir} --to OUT --format {'adapter' if token_dependent else 'hf'}",
+        markup=False,
+    )
 
 
 __all__ = ["Evaluate", "evaluate"]

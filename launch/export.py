@@ -58,6 +58,10 @@ def _write_adapter(target: epath.Path, opened: Opened) -> None:
     partial = target.with_name(target.name + ".partial")
     partial.mkdir(parents=True)
     save_file({path: np.asarray(x) for path, x in tree.flatten(leaves).items()}, str(partial / "adapter.safetensors"))
-    described = {"base_model": opened.run.model, "adapters": run_config.to_json(opened.run.adapters), "step": opened.step}
+    described = {
+        "base_model": opened.run.model,
+        "adapters": run_config.to_json(opened.run.adapters),
+        "step": opened.step,
+    }
     (partial / "adapter.json").write_text(json.dumps(described, indent=2) + "\n")
     partial.rename(target)

@@ -40,7 +40,11 @@ class Generate:
 def generate(options: Generate) -> None:
     """Prints the answer."""
     opened = open_model(options.model, best=options.best)
-    asked = opened.tokenizer(options.prompt)["input_ids"] if options.raw else data.prompt_tokens(opened.tokenizer, options.prompt)
+    asked = (
+        opened.tokenizer(options.prompt)["input_ids"]
+        if options.raw
+        else data.prompt_tokens(opened.tokenizer, options.prompt)
+    )
     tokens = np.array([asked], np.int32)
     answer = generation.generate(
         opened.module, opened.params, tokens, np.ones_like(tokens, bool),

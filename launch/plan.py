@@ -32,7 +32,10 @@ def plan(run: Run) -> dict[str, Any]:
     """
     mesh = sharding.make_mesh({"data": run.mesh.data, "fsdp": run.mesh.fsdp, "tensor": run.mesh.tensor})
     assembly = assemble(run, *models.shapes(run.model, dtype=jnp.dtype(run.param_dtype)), mesh)
-    trained, total = tree.count(assembly.state.trained), tree.count(assembly.state.trained) + tree.count(assembly.frozen)
+    trained, total = (
+        tree.count(assembly.state.trained),
+        tree.count(assembly.state.trained) + tree.count(assembly.frozen),
+    )
     arguments = (assembly.state, assembly.frozen, assembly.batch())
     counted = cost.count(assembly.step, *arguments)
     bytes_per_device, compile_seconds = None, None
@@ -105,7 +108,9 @@ def show(plan: dict[str, Any], *, as_json: bool) -> None:
         rows["a step needs"] = ", ".join(f"{name} {gib(size)}" for name, size in plan["bytes_per_device"].items())
         rows["compiles in"] = f"{plan['compile_seconds']} s"
     else:
-        rows["a step needs"] = f"not compiled here (more than {COMPILED_UP_TO:.0e} parameters): activations are not in the figures"
+        rows["a step needs"] = (
+            f"not compiled here (more than {COMPILED_UP_TO:.0e} parameters): activations are not in the figures"
+        )
     for name, text in rows.items():
         table.add_row(name, escape(text))
     Console().print(table)

@@ -72,11 +72,17 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
         return metrics_file.last() if main else {}
 
     # The loop. Step n is dispatched before the metrics of step n - 1 are read: the device never waits for the host.
-    place = lambda batch: {k: jax.make_array_from_process_local_data(sharding.batch_sharding(mesh), v) for k, v in batch.items()}
+    place = lambda batch: {
+        k: jax.make_array_from_process_local_data(sharding.batch_sharding(mesh), v) for k, v in batch.items()
+    }
     stop = _stop_on_signals(console)
     rate = run.optimizer.learning_rates(run.steps)
     row: dict[str, Any] = {}
-    with stop as stopped, progress.Progress(run.steps, start=first, console=console, main=main) as bar, contextlib.ExitStack() as stack:
+    with (
+        stop as stopped,
+        progress.Progress(run.steps, start=first, console=console, main=main) as bar,
+        contextlib.ExitStack() as stack,
+    ):
         board = stack.enter_context(_tensorboard(workdir)) if run.tensorboard and main else None
         clock = time.perf_counter()
         pending: tuple[int, Any] | None = None
@@ -114,7 +120,9 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
                 jax.profiler.stop_trace()
 
             last = n == run.steps or stopped()
-            evaluating = held_out is not None and ((run.evaluate_every and n % run.evaluate_every == 0) or n == run.steps)
+            evaluating = held_out is not None and (
+                (run.evaluate_every and n % run.evaluate_every == 0) or n == run.steps
+            )
             if not (last or evaluating or n % run.checkpoint_every == 0):
                 continue
             jax.block_until_ready(metrics)
@@ -173,7 +181,9 @@ def _claim(workdir: Any, run: Run) -> None:
             raise ValueError(f"{file} is not a config of this version ({error}); choose another --workdir.") from error
         if different:
             shown = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in different.items())
-            raise ValueError(f"work folder {workdir} belongs to another run ({shown}); choose another --workdir or make them equal.")
+            raise ValueError(
+                f"work folder {workdir} belongs to another run ({shown}); choose another --workdir or make them equal."
+            )
     elif workdir.exists() and any(workdir.iterdir()):
         raise ValueError(f"work folder {workdir} is not empty and holds no config.json; choose another --workdir.")
     if jax.process_index() == 0:
@@ -188,7 +198,8 @@ def _judge(run: Run, step: int, values: dict[str, Any], bar: Any) -> None:
     if values.pop("finite"):
         return
     what = f"loss {values['loss']}, gradient norm {values['gradient_norm']}"
-    text = f"step {step} (batch {step - 1} of data seed {run.data.seed}) gave a value that is not finite: {what}; its update was not made."
+    batch = f"batch {step - 1} of data seed {run.data.seed}"
+    text = f"step {step} ({batch}) gave a value that is not finite: {what}; its update was not made."
     if run.on_nonfinite == "stop":
         raise RunFailed(f"{text} Lower optimizer.learning-rate, or go on over such steps with --on-nonfinite skip.")
     bar.say(text)

@@ -7,7 +7,11 @@ from tests import tiny
 
 
 def test_a_mesh_fills_the_axis_that_is_left_open():
-    assert dict(sharding.make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4]).shape) == {"data": 2, "fsdp": 1, "tensor": 2}
+    assert dict(sharding.make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4]).shape) == {
+        "data": 2,
+        "fsdp": 1,
+        "tensor": 2,
+    }
     assert dict(sharding.make_mesh({"tensor": 2, "fsdp": -1}).shape) == {"data": 1, "fsdp": 4, "tensor": 2}
     assert dict(sharding.make_mesh().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
 

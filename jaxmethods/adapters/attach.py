@@ -135,7 +135,9 @@ def is_adapter(path: str) -> bool:
 def layers(params: Tree) -> dict[str, tuple[int, ...]]:
     """Path -> shape of the kernel, for each linear layer; a stack of layers has a leading axis."""
     flat = tree.flatten(params)
-    kernels = {p.removesuffix("/kernel"): x.shape for p, x in flat.items() if p.endswith("/kernel") and not is_adapter(p)}
+    kernels = {
+        p.removesuffix("/kernel"): x.shape for p, x in flat.items() if p.endswith("/kernel") and not is_adapter(p)
+    }
     return {path: shape for path, shape in kernels.items() if len(shape) in (2, 3)}
 
 
@@ -146,12 +148,18 @@ def _matches(adapted: Any, params: Tree) -> Iterator[tuple[str, AnyAdapter]]:
     for pattern, adapter in adapted.adapters:
         found = [name for name in names if re.search(pattern, name)]
         if not found:
-            near = difflib.get_close_matches(pattern, sorted({n.rsplit("/", 1)[-1] for n in names} | names.keys()), 1, 0.3)
+            near = difflib.get_close_matches(
+                pattern, sorted({n.rsplit("/", 1)[-1] for n in names} | names.keys()), 1, 0.3
+            )
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"adapter regex {pattern!r} matches no linear layer; {hint}The layers are {', '.join(names)}.")
+            raise ValueError(
+                f"adapter regex {pattern!r} matches no linear layer; {hint}The layers are {', '.join(names)}."
+            )
         for name in found:
             if (name, adapter.kind) in seen:
-                raise ValueError(f"layer {name!r} has two adapters of kind {adapter.kind!r}; let one regex of them match it.")
+                raise ValueError(
+                    f"layer {name!r} has two adapters of kind {adapter.kind!r}; let one regex of them match it."
+                )
             seen.add((name, adapter.kind))
             yield name, adapter
 
@@ -191,7 +199,11 @@ def _adapted_class(base: type[nn.Module]) -> Any:
     names = [n for n in dir(base) if n == "__call__" or not (n.startswith("_") or hasattr(nn.Module, n))]
     methods = {n: _intercepted(getattr(base, n)) for n in names if inspect.isfunction(getattr(base, n))}
     fields = {"__annotations__": {"adapters": Any}, "adapters": (), "base_class": base}
-    return type(f"Adapted{base.__name__}", (_Adapted, base), {"__module__": __name__, "__doc__": base.__doc__} | fields | methods)
+    return type(
+        f"Adapted{base.__name__}",
+        (_Adapted, base),
+        {"__module__": __name__, "__doc__": base.__doc__} | fields | methods,
+    )
 
 
 def _intercepted(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -259,12 +271,16 @@ class _Leaves(nn.Module):
             key = None
             if self.draws and adapter.needs_key:
                 if not self.has_rng("dropout"):
-                    raise ValueError(_FOREIGN_SCAN.format(adapter.kind, "draws random numbers", "split_rngs={'dropout': True}"))
+                    raise ValueError(
+                        _FOREIGN_SCAN.format(adapter.kind, "draws random numbers", "split_rngs={'dropout': True}")
+                    )
                 key = self.make_rng("dropout")
             y, loss = adapter.apply(leaves, Call(x, y, kernel, mask, key))
             if loss is not None and self.reports:
                 if not self.is_mutable_collection("losses"):
-                    raise ValueError(_FOREIGN_SCAN.format(adapter.kind, "has an auxiliary loss", "variable_axes={'losses': 0}"))
+                    raise ValueError(
+                        _FOREIGN_SCAN.format(adapter.kind, "has an auxiliary loss", "variable_axes={'losses': 0}")
+                    )
                 self.sow("losses", adapter.kind, loss, init_fn=lambda: jnp.float32(0), reduce_fn=lambda _, new: new)
         return y
 

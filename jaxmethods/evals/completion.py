@@ -104,7 +104,13 @@ def complete(
         for i, row in enumerate(rows):
             tokens[i, width - len(row) :], mask[i, width - len(row) :] = row, True
         made = generation.generate(
-            module, params, tokens, mask, max_new_tokens=max_new_tokens, temperature=0.0, eos_id=module.config.eos_ids or None
+            module,
+            params,
+            tokens,
+            mask,
+            max_new_tokens=max_new_tokens,
+            temperature=0.0,
+            eos_id=module.config.eos_ids or None,
         )
         new, kept = np.asarray(made.tokens), np.asarray(made.mask)
         answers += [tokenizer.decode(t[m], skip_special_tokens=True).strip() for t, m in zip(new, kept, strict=True)]

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxmethods import tree
 from jaxmethods.generation import sampling
 from jaxmethods.models.decoder import KVCache
-from jaxmethods.models.functional import logits_of
+from jaxmethods.models.functional import unembedding
 from jaxmethods.tree import Tree
 
 
@@ -125,7 +125,7 @@ def _generate(
 
     def write(hidden: Array, turn: Array, live: Array, cache: KVCache, out: Generation) -> _State:
         """Chooses each row's next token from its last hidden state [B, D]."""
-        logits = logits_of(module, params, hidden)
+        logits = _logits(module, params, hidden)
         if draw is None:
             chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         else:
@@ -198,6 +198,16 @@ def _restored(laid_out: Tree, transposed: bool) -> Tree:
         return x.T if transposed and path.endswith("/kernel") and x.ndim == 2 else x
 
     return tree.unflatten({path: restore(path, x) for path, x in tree.flatten(laid_out).items()})
+
+
+def _logits(module: Any, params: Tree, hidden: Array) -> Array:
+    matrix = unembedding(module, params).astype(hidden.dtype)
+    if hidden.shape[0] == 1:
+        logits = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32)
+    else:
+        logits = _kernel_first(hidden, matrix, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    cap = module.config.final_softcap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def _kernel_first(x: Array, kernel: Array, dimensions: Any, precision: Any = None, **options: Any) -> Array:

@@ -167,7 +167,9 @@ def rope_tables(
 
 
 def rotate(
-    x: Float[Array, "batch time head head_dim"], cos: Float[Array, "batch time half"], sin: Float[Array, "batch time half"]
+    x: Float[Array, "batch time head head_dim"],
+    cos: Float[Array, "batch time half"],
+    sin: Float[Array, "batch time half"],
 ) -> Float[Array, "batch time head head_dim"]:
     """Rotates the pairs (x_i, x_{i + half}) by the given angles."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -185,7 +187,12 @@ class _Part(nn.Module):
 
     def dense(self, features: int, name: str, use_bias: bool = False) -> nn.Dense:
         return nn.Dense(
-            features, use_bias=use_bias, dtype=self.dtype, param_dtype=self.param_dtype, dot_general=self.dot_general, name=name
+            features,
+            use_bias=use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            dot_general=self.dot_general,
+            name=name,
         )
 
     def norm(self, name: str) -> RMSNorm:
@@ -206,7 +213,8 @@ class Attention(_Part):
         if cache is not None:
             at = (layer, 0, shared.start, 0, 0)
             cache = tuple(
-                jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at) for old, new in zip(cache, (k, v), strict=True)
+                jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
+                for old, new in zip(cache, (k, v), strict=True)
             )
             k, v = (jax.lax.dynamic_index_in_dim(c_, layer, keepdims=False).astype(x.dtype) for c_ in cache)
         out = attention(
@@ -250,7 +258,9 @@ class Backbone(_Part):
     @nn.compact
     def __call__(self, tokens, segment_ids, positions, cache):  # type: ignore[no-untyped-def]
         c = self.config
-        embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype, name="embed_tokens")
+        embed = nn.Embed(
+            c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype, name="embed_tokens"
+        )
         x = embed(tokens)
         if c.embedding_scale:
             x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)

@@ -23,7 +23,13 @@ Mask = Bool[Array | np.ndarray, "batch time"]
 
 
 def hidden_states(
-    module: nn.Module, params: Tree, tokens: Tokens, mask: Mask | None = None, *, key: Array | None = None, **inputs: Any
+    module: nn.Module,
+    params: Tree,
+    tokens: Tokens,
+    mask: Mask | None = None,
+    *,
+    key: Array | None = None,
+    **inputs: Any,
 ) -> tuple[Float[Array, "batch time width"], Float[Array, ""]]:
     """Hidden states of a module and the sum of the auxiliary losses its adapters report (0 without any), float32.
 
@@ -44,9 +50,7 @@ def unembedding(module: Any, params: Tree) -> Float[Array, "width vocab"]:
     return params["lm_head"]["unembedding"]
 
 
-def logits_of(
-    module: Any, params: Tree, hidden: Float[Array, "*batch width"]
-) -> Float[Array, "*batch vocab"]:
+def logits_of(module: Any, params: Tree, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
     """Logits of hidden states, float32, soft-capped where the model has a cap."""
     matrix = unembedding(module, params).astype(hidden.dtype)
     logits = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32)

@@ -25,11 +25,15 @@ class Checkpoints:
     Saving is asynchronous and atomic: a folder appears under its final name when it is complete.
     """
 
-    def __init__(self, directory: Any, *, keep_latest: int = 2, keep_best: int = 1, best_metric: str = "evaluation_loss") -> None:
+    def __init__(
+        self, directory: Any, *, keep_latest: int = 2, keep_best: int = 1, best_metric: str = "evaluation_loss"
+    ) -> None:
         policies: list[Any] = [_policies.LatestN(keep_latest)]
         if keep_best:
             value = lambda metrics: (metrics or {}).get(best_metric, float("inf"))
-            policies.append(_policies.BestN(get_metric_fn=value, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False))
+            policies.append(
+                _policies.BestN(get_metric_fn=value, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
+            )
         self._directory = epath.Path(directory)
         self._best_metric = best_metric
         self._checkpointer = ocp.training.Checkpointer(
@@ -49,7 +53,9 @@ class Checkpoints:
         known = {step: value for step, value in measured.items() if value is not None}
         return min(known, key=lambda step: known[step]) if known else None
 
-    def save(self, state: State, fixed: tree.Tree, batches: Any = None, metrics: dict[str, float] | None = None) -> None:
+    def save(
+        self, state: State, fixed: tree.Tree, batches: Any = None, metrics: dict[str, float] | None = None
+    ) -> None:
         """Begins a save of the state after `state.step` steps; returns when the arrays are copied.
 
         Args:
@@ -63,7 +69,13 @@ class Checkpoints:
         self._checkpointer.save_checkpointables_async(int(state.step), parts, metrics=kept or None, overwrite=True)
 
     def restore(
-        self, state: State, fixed: tree.Tree, batches: Any = None, *, say: Callable[[str], None] = print, step: int | None = None
+        self,
+        state: State,
+        fixed: tree.Tree,
+        batches: Any = None,
+        *,
+        say: Callable[[str], None] = print,
+        step: int | None = None,
     ) -> tuple[State, tree.Tree] | None:
         """(state, fixed) of the latest checkpoint that can be read, or None where there is none; `batches` is set to its position.
 
@@ -84,7 +96,9 @@ class Checkpoints:
             try:
                 packed = self._checkpointer.load_checkpointables(tried, like)["state"]
             except Exception as error:  # Orbax raises many kinds for a damaged file
-                say(f"checkpoint of step {tried} in {self._directory} cannot be read ({_root_cause(error)}); left aside.")
+                say(
+                    f"checkpoint of step {tried} in {self._directory} cannot be read ({_root_cause(error)}); left aside."
+                )
                 continue
             if batches is not None:  # the run goes on from here: a later, damaged step must not meet its new save
                 for later in steps:
@@ -93,7 +107,9 @@ class Checkpoints:
             key = jax.random.wrap_key_data(packed["key"])
             return State(packed["step"], packed["trained"], packed["opt"], key), packed["fixed"]
         if steps:
-            raise ValueError(f"none of the checkpoints {steps} in {self._directory} can be read; move the folder away to start anew.")
+            raise ValueError(
+                f"none of the checkpoints {steps} in {self._directory} can be read; move the folder away to start anew."
+            )
         return None
 
     def close(self) -> None:

@@ -13,7 +13,9 @@ ADAPTERS = {
     "lora": adapters.LoRA(rank=3, alpha=5.0),
     "lora_dropout": adapters.LoRA(rank=4, alpha=4.0, rslora=True, dropout=0.5),
     "smore_dense": adapters.SMoRE(experts=(2, 3), ranks=(2, 1), gate="dense", gate_dim=4, router_dim=5),
-    "smore_switch": adapters.SMoRE(experts=(3, 4), fanout=(2, 2), ranks=(1, 2), gate="switch", gate_dim=4, router_dim=5),
+    "smore_switch": adapters.SMoRE(
+        experts=(3, 4), fanout=(2, 2), ranks=(1, 2), gate="switch", gate_dim=4, router_dim=5
+    ),
     "smore_noisy": adapters.SMoRE(experts=(4,), fanout=(2,), ranks=(2,), gate="noisy_topk", gate_dim=4, router_dim=5),
 }
 each = pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
@@ -33,7 +35,8 @@ def attached(adapter, pattern="mlp/up_proj", family="llama", moved=True):
     return module, base, adapted, params
 
 
-def logits(module, params, rows=tiny.batch()):
+def logits(module, params):
+    rows = tiny.batch()
     return models.logits(module, params, rows["tokens"], rows["segment_ids"] > 0)
 
 
@@ -122,7 +125,9 @@ def test_the_same_under_remat_and_unrolled(adapter):
 
     plain = gradient(adapted)
     for changes in ({"remat": "full"}, {"unroll": 3}):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradient(adapted.clone(**changes)), plain)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradient(adapted.clone(**changes)), plain
+        )
 
 
 @each
@@ -254,7 +259,9 @@ def test_a_foreign_scan_that_would_lose_a_loss_or_a_key_is_refused():
             base = module.init(jax.random.key(1), x)["params"]
             adapted = adapters.attach(module, {"out": adapter})
             params = adapters.init(adapted, base, jax.random.key(2))
-            run = lambda adapted=adapted, params=params, options=options: adapted.apply({"params": params}, x, **options)
+            run = lambda adapted=adapted, params=params, options=options: adapted.apply(
+                {"params": params}, x, **options
+            )
             if declares:
                 run()
             else:
@@ -264,7 +271,7 @@ def test_a_foreign_scan_that_would_lose_a_loss_or_a_key_is_refused():
 
 def test_what_cannot_be_attached_says_why():
     module, base = tiny.decoder()
-    with pytest.raises(ValueError, match="'mlp/upp_proj' matches no linear layer; did you mean '.*up_proj'"):
+    with pytest.raises(ValueError, match=r"'mlp/upp_proj' matches no linear layer; did you mean '.*up_proj'"):
         adapters.init(adapters.attach(module, {"mlp/upp_proj": adapters.LoRA()}), base, jax.random.key(0))
     with pytest.raises(ValueError, match="two adapters of kind 'lora'"):
         twice = adapters.attach(module, {"up_proj": adapters.LoRA(), "mlp": adapters.LoRA()})

@@ -12,7 +12,7 @@ from jaxmethods import models
 from tests import tiny
 from tests.data.conftest import CHATML, byte_level
 
-RECIPE = '''
+RECIPE = """
 from jaxmethods.adapters import LoRA, SMoRE
 from jaxmethods.data import Data
 from jaxmethods.launch import Mesh, Run
@@ -36,7 +36,7 @@ def config() -> Run:
         evaluate_every=6,
         compilation_cache={cache!r},
     )
-'''
+"""
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,9 @@ def shop(tmp_path_factory):
     module, params = tiny.decoder("llama", vocab_size=len(tokenizer), rope_scaling=None, eos_ids=(2,))
     models.save(folder / "model", module, params, tokenizer=tokenizer)
     for name, count in (("train", 40), ("heldout", 6)):
-        rows = [{"prompt": f"how many cats on mat {name} {i}?", "answer": f"there are {i % 7} cats"} for i in range(count)]
+        rows = [
+            {"prompt": f"how many cats on mat {name} {i}?", "answer": f"there are {i % 7} cats"} for i in range(count)
+        ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = {
         "model": str(folder / "model"), "train": str(folder / "train.jsonl"), "evaluation": str(folder / "heldout.jsonl"),

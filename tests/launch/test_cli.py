@@ -61,7 +61,9 @@ def test_wrong_commands_files_and_flags(refused, shop, tmp_path, command):
     assert "no run" in refused("export", shop / "model", "--to", tmp_path / "out")
     broken = tmp_path / "broken.jsonl"
     broken.write_text((shop / "train.jsonl").read_text().splitlines()[0] + '\n{"prompt": "a"\n')
-    assert f"{broken}:2" in refused("train", shop / "recipe.py", "--data", broken, "--workdir", tmp_path / "run").replace(", line ", ":")
+    assert f"{broken}:2" in refused(
+        "train", shop / "recipe.py", "--data", broken, "--workdir", tmp_path / "run"
+    ).replace(", line ", ":")
     stranger = tmp_path / "stranger"
     stranger.mkdir()
     (stranger / "thesis.tex").write_text("do not touch")

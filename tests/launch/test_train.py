@@ -138,10 +138,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_the_step(shop, command, 
 
 def test_the_model_answers_evaluates_and_exports(whole, shop, command, tmp_path):
     workdir = whole[0]
-    said = [command("generate", workdir, "--prompt", "how many cats on mat?", "--max-new-tokens", "8") for _ in range(2)]
+    said = [
+        command("generate", workdir, "--prompt", "how many cats on mat?", "--max-new-tokens", "8") for _ in range(2)
+    ]
     assert said[0].returncode == 0, said[0].stderr
     assert said[0].stdout == said[1].stdout
-    done = command("evaluate", "completion", workdir, "--against-base", "--rows", "4", "--max-new-tokens", "6", "--json")
+    done = command(
+        "evaluate", "completion", workdir, "--against-base", "--rows", "4", "--max-new-tokens", "6", "--json"
+    )
     assert done.returncode == 0, done.stderr
     numbers = json.loads(done.stdout)
     assert numbers["after"]["nll"] < numbers["before"]["nll"]

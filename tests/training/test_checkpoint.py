@@ -50,7 +50,8 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
 
 # Orbax leaves a coroutine of its own behind when a load fails.
 orbax_gives_up = pytest.mark.filterwarnings(
-    "ignore:.*_get_array_metadatas:pytest.PytestUnraisableExceptionWarning", "ignore:coroutine .* was never awaited:RuntimeWarning"
+    "ignore:.*_get_array_metadatas:pytest.PytestUnraisableExceptionWarning",
+    "ignore:coroutine .* was never awaited:RuntimeWarning",
 )
 
 

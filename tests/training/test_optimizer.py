@@ -19,7 +19,9 @@ def test_cosine_with_warmup_by_hand():
 
 def test_linear_constant_and_a_share_of_warmup():
     np.testing.assert_allclose(
-        rates(Optimizer(learning_rate=1.0, schedule="linear", warmup=0.2), 10), [0.5, 1, *(1 - np.arange(8) / 8)], rtol=1e-6
+        rates(Optimizer(learning_rate=1.0, schedule="linear", warmup=0.2), 10),
+        [0.5, 1, *(1 - np.arange(8) / 8)],
+        rtol=1e-6,
     )
     np.testing.assert_allclose(rates(Optimizer(learning_rate=3.0, schedule="constant", warmup=0), 5), 3.0)
 
@@ -29,14 +31,24 @@ def test_adamw_with_groups_decay_and_clipping_by_hand():
     optimizer = Optimizer(
         learning_rate=0.1, schedule="constant", warmup=0, weight_decay=0.5, clip_norm=1.0, groups=(("router", 0.25),)
     )
-    params = {"mlp": {"kernel": jnp.ones((2, 2))}, "router": {"kernel": jnp.ones((2, 2))}, "norm": {"scale": jnp.ones((3, 2))}}
-    gradient = {"mlp": {"kernel": np.full((2, 2), 3.0)}, "router": {"kernel": np.full((2, 2), -1.0)}, "norm": {"scale": np.full((3, 2), 2.0)}}
+    params = {
+        "mlp": {"kernel": jnp.ones((2, 2))},
+        "router": {"kernel": jnp.ones((2, 2))},
+        "norm": {"scale": jnp.ones((3, 2))},
+    }
+    gradient = {
+        "mlp": {"kernel": np.full((2, 2), 3.0)},
+        "router": {"kernel": np.full((2, 2), -1.0)},
+        "norm": {"scale": np.full((3, 2), 2.0)},
+    }
     norm = np.sqrt(4 * 9 + 4 * 1 + 6 * 4)
     tx = optimizer.transformation(10)
     state, moments = tx.init(params), {}
     expected = {name: np.ones(np.shape(next(iter(g.values())))) for name, g in gradient.items()}
     for step in (1, 2):
-        updates, state = tx.update({n: {k: jnp.float32(g) for k, g in part.items()} for n, part in gradient.items()}, state, params)
+        updates, state = tx.update(
+            {n: {k: jnp.float32(g) for k, g in part.items()} for n, part in gradient.items()}, state, params
+        )
         params = {n: {k: params[n][k] + updates[n][k] for k in part} for n, part in params.items()}
         for name, part in gradient.items():
             g = next(iter(part.values())) / norm
@@ -50,7 +62,9 @@ def test_adamw_with_groups_decay_and_clipping_by_hand():
 
 
 def test_momentum_of_sgd_by_hand():
-    tx = Optimizer(name="sgd", learning_rate=0.5, schedule="constant", warmup=0, b1=0.5, clip_norm=None).transformation(3)
+    tx = Optimizer(name="sgd", learning_rate=0.5, schedule="constant", warmup=0, b1=0.5, clip_norm=None).transformation(
+        3
+    )
     params = {"w": jnp.float32(0)}
     state = tx.init(params)
     for expected in (-0.5, -0.75):  # 0.5 * (1), then 0.5 * (1 + 0.5)

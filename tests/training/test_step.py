@@ -95,7 +95,9 @@ def losses(adapter, *axes):
     trained, frozen = tree.partition(tree.unflatten(flat), lambda path: path in wanted)
     state, found = made.initial_state(trained, jax.random.key(0)), []
     for seed in range(3):
-        state, metrics = made.step(state, frozen, jax.device_put(tiny.batch(8, seed=seed), sharding.batch_sharding(mesh)))
+        state, metrics = made.step(
+            state, frozen, jax.device_put(tiny.batch(8, seed=seed), sharding.batch_sharding(mesh))
+        )
         found.append([float(metrics[name]) for name in ("loss", "gradient_norm")])
     jax.tree.map(_same_sharding, state, made.state)
     return found
@@ -111,8 +113,6 @@ def test_every_mesh_gives_what_one_device_gives_and_keeps_its_shardings(adapter,
 
 def _same_sharding(x, like):
     assert x.sharding.is_equivalent_to(like.sharding, x.ndim), (x.sharding, like.sharding)
-
-
 
 
 def test_a_step_that_is_not_finite_leaves_the_state_as_it_was():
