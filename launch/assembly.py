@@ -106,11 +106,9 @@ def assemble(run: Run, module: Any, base: Tree, mesh: Mesh) -> Assembly:
         transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)),
     )
     whole = sharding.replicated(mesh)
+    shape: Any = functools.partial(jax.ShapeDtypeStruct, sharding=whole)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    state = training.State(
-        jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), trained, opt,
-        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
-    )  # fmt: skip
+    state = training.State(shape((), jnp.int32), trained, opt, shape(key.shape, key.dtype))
 
     loss_fn = run.objective.loss_fn(module)
     placements = jax.tree.map(lambda x: x.sharding, state)

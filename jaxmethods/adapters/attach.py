@@ -54,7 +54,8 @@ def attach(module: nn.Module, adapters: Mapping[str, AnyAdapter]) -> Any:
         adapters: regex -> adapter. A regex is searched in the '/'-joined path of a layer, such as
             `model/layers/mlp/up_proj`. A layer may have several adapters of different kinds; they act in this order.
     """
-    base, pairs = type(module), tuple(adapters.items())
+    base: Any = type(module)
+    pairs = tuple(adapters.items())
     if isinstance(module, _Adapted):
         base, pairs = base.base_class, (*module.adapters, *pairs)
     if not pairs:

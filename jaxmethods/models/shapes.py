@@ -11,7 +11,7 @@ from jaxmethods.models import files, gguf, huggingface, layout
 from jaxmethods.models.decoder import Decoder, DecoderConfig
 from jaxmethods.tree import Tree
 
-_LLAMA3 = dict(
+_LLAMA3: Any = dict(
     family="llama", vocab_size=128_256, rope_theta=500_000.0, max_position_embeddings=8192, rms_norm_eps=1e-5, head_dim=128,
     num_kv_heads=8, bos_id=128_000, eos_ids=(128_001, 128_009),
 )  # fmt: skip
@@ -19,10 +19,10 @@ _LLAMA3 = dict(
 KNOWN: dict[str, DecoderConfig] = {
     "meta-llama/Meta-Llama-3-8B-Instruct": DecoderConfig(
         **_LLAMA3, hidden_size=4096, intermediate_size=14_336, num_layers=32, num_heads=32
-    ),  # type: ignore[arg-type]
+    ),
     "meta-llama/Meta-Llama-3-70B-Instruct": DecoderConfig(
         **_LLAMA3, hidden_size=8192, intermediate_size=28_672, num_layers=80, num_heads=64
-    ),  # type: ignore[arg-type]
+    ),
 }
 """Architectures by hub name, so that a pod run can be planned where the hub is out of reach (and its licence unsigned)."""
 
