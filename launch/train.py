@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -36,6 +37,7 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
     """
     main = jax.process_index() == 0
     console = progress.tolerant(console or Console(quiet=not main))
+    say = functools.partial(console.print, soft_wrap=True, markup=False, highlight=False)
     workdir = epath.Path(run.workdir)
     _claim(workdir, run)
     if run.compilation_cache:
@@ -53,7 +55,7 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
     # State: fresh, or from the latest good checkpoint.
     init_key, run_key = jax.random.split(jax.random.key(run.seed))
     checkpoints = training.Checkpoints(workdir / "checkpoints", keep_latest=run.keep_latest, keep_best=run.keep_best)
-    restored = checkpoints.restore(assembly.state, assembly.fixed, batches, say=console.print)
+    restored = checkpoints.restore(assembly.state, assembly.fixed, batches, say=say)
     if restored is None:
         trained, frozen = _split(assembly, base, assembly.initial_adapters(init_key))
         state = assembly.initial_state(trained, run_key)
@@ -68,7 +70,7 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
         metrics_file.cut_after(first)
     _announce(console, assembly, report, resumed=first)
     if first >= run.steps:
-        console.print(f"{workdir} already holds all {run.steps} steps; nothing to do.")
+        say(f"{workdir} already holds all {run.steps} steps; nothing to do.")
         return metrics_file.last() if main else {}
 
     # The loop. Step n is dispatched before the metrics of step n - 1 are read: the device never waits for the host.
@@ -143,7 +145,7 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
     if main:
         plot.draw_losses(workdir / "metrics.jsonl", workdir / "loss.png", title=workdir.name)
         if row["step"] < run.steps:
-            console.print(f"stopped after step {row['step']} and saved; the same command goes on from there.")
+            say(f"stopped after step {row['step']} and saved; the same command goes on from there.")
     return row
 
 

@@ -38,7 +38,7 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -61,23 +61,23 @@ INITIALIZATIONS = ("w_final_zero", "eq_1_layer")
 
 @dataclasses.dataclass(frozen=True)
 class SMoRE:
-    """Shape and options of one S'MoRE adapter. Lists run from the bottom layer up, and may be given for tuples.
+    """Shape and options of one S'MoRE adapter. Its sequences run from the bottom layer up and become tuples.
 
     Raises ValueError for lengths that differ, numbers out of range and unknown names.
     """
 
     kind: ClassVar[str] = "smore"
 
-    experts: tuple[int, ...] = (4, 4)
+    experts: Sequence[int] = (4, 4)
     """s_l: how many experts each layer has."""
-    fanout: tuple[int, ...] = (2, 2)
+    fanout: Sequence[int] = (2, 2)
     """f_l: how many children each parent picks from layer l. The dense gate picks all and does not read this."""
-    ranks: tuple[int, ...] = (8, 8)
+    ranks: Sequence[int] = (8, 8)
     """r_l: the rank of each expert of a layer."""
     gate: str = "switch"
     """How children are picked and weighted: "dense" (softmax over all), "switch" (the best of a softmax,
     renormalised) or "noisy_topk" (softmax over the best noisy cosines)."""
-    gate_dim: int | tuple[int, ...] = 32
+    gate_dim: int | Sequence[int] = 32
     """m_l: width of the router's queries and keys, one for all layers or one a layer."""
     router_dim: int = 24
     """Width to which the router first brings the token."""
@@ -86,7 +86,7 @@ class SMoRE:
     ("prelu|0.1": at 0.1)."""
     variant: str = "full"
     """"full" is eq. 3. ("star", "shared" and "child" are known names without an implementation.)"""
-    scale: tuple[float, ...] | None = None
+    scale: Sequence[float] | None = None
     """Factor of each layer's B(Ax + a) + b; None is 1 everywhere."""
     initialization: str = "w_final_zero"
     """"w_final_zero" (B and W random) or "eq_1_layer" (B and W copy, so that with sigma = identity the layers equal one
@@ -148,7 +148,7 @@ class SMoRE:
     @property
     def children(self) -> tuple[int, ...]:
         """f_l as used: `fanout`, or all experts with the dense gate."""
-        return self.experts if self.gate == "dense" else self.fanout
+        return tuple(self.experts if self.gate == "dense" else self.fanout)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -163,7 +163,7 @@ class SMoRE:
     @property
     def gate_dims(self) -> tuple[int, ...]:
         """m_l of each layer."""
-        return self.gate_dim if isinstance(self.gate_dim, tuple) else (self.gate_dim,) * self.layers
+        return (self.gate_dim,) * self.layers if isinstance(self.gate_dim, int) else tuple(self.gate_dim)
 
     @property
     def context_dims(self) -> tuple[int, ...]:
@@ -173,7 +173,7 @@ class SMoRE:
     @property
     def scales(self) -> tuple[float, ...]:
         """The scale of each layer."""
-        return (1.0,) * self.layers if self.scale is None else self.scale
+        return (1.0,) * self.layers if self.scale is None else tuple(self.scale)
 
     # What attaching it to a model reads ------------------------------------------------------------------------
 

@@ -423,8 +423,9 @@ def test_the_switch_loss_is_fanout_when_balanced_and_more_when_collapsed():
     """Invariant 11, on the gate itself: gamma * f is the least."""
     balanced = jnp.log(jnp.array([[0.4, 0.4, 0.1, 0.1], [0.1, 0.1, 0.4, 0.4]], jnp.float32)).T[:, None]
     collapsed = jnp.broadcast_to(balanced[..., :1], balanced.shape)
-    assert float(smore._switch_gate(balanced, 2, None).loss) == pytest.approx(2.0)
-    assert float(smore._switch_gate(collapsed, 2, None).loss) == pytest.approx(4 * 2 * 0.4)
+    loss = jit(lambda logits: smore._switch_gate(logits, 2, None).loss)
+    assert float(loss(balanced)) == pytest.approx(2.0)
+    assert float(loss(collapsed)) == pytest.approx(4 * 2 * 0.4)
 
 
 def test_noise_is_for_training_only_and_has_the_stated_width():
@@ -449,7 +450,7 @@ def test_the_noisy_loss_while_training():
     rng = np.random.default_rng(0)
     clean, raw = (jnp.asarray(rng.normal(size=(4, 2, 5)), jnp.float32) for _ in range(2))
     key, mask = jax.random.key(3), np.array([True, True, False, True, True])
-    choice = smore._noisy_gate(clean, raw, 2, jnp.asarray(mask), key)
+    choice = jit(lambda clean, raw, mask, key: smore._noisy_gate(clean, raw, 2, mask, key))(clean, raw, mask, key)
     std = np.log1p(np.exp(raw)) + 0.01
     noisy = np.asarray(clean + std * jax.random.normal(key, clean.shape, clean.dtype))
     importance, load = np.zeros(4), np.zeros(4)
