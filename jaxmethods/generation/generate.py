@@ -8,7 +8,6 @@ is unrolled; other devices read slices in place, and keep the scan and its short
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxmethods import tree
 from jaxmethods.generation import sampling
 from jaxmethods.models.decoder import KVCache
-from jaxmethods.models.functional import unembedding
+from jaxmethods.models.functional import logits_of
 from jaxmethods.tree import Tree
 
 
@@ -78,18 +77,26 @@ def generate(
     mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
     greedy = not isinstance(temperature, jax.core.Tracer) and float(temperature) == 0.0
     _check(module, tokens, mask, max_new_tokens, temperature, top_k, top_p, images, key, greedy)
-    ends = (eos_id,) if isinstance(eos_id, int) else eos_id or ()
+    ends = () if eos_id is None else tuple(int(end) for end in np.atleast_1d(eos_id))
     pad_id = getattr(module.config, "pad_id", None)  # type: ignore[attr-defined]
     filler = pad_id if pad_id is not None else ends[0] if ends else 0
     draw = None
-    if not greedy:
+    if not greedy and key is not None:
         rows = jnp.arange(tokens.shape[0])
-        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows) if key.ndim == 0 else key  # type: ignore[union-attr]
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows) if key.ndim == 0 else key
         number = lambda x, dtype: None if x is None else jnp.asarray(x, dtype)
-        draw = _Draw(keys, number(temperature, jnp.float32), number(top_k, jnp.int32), number(top_p, jnp.float32))
+        draw = _Draw(keys, jnp.asarray(temperature, jnp.float32), number(top_k, jnp.int32), number(top_p, jnp.float32))
     module, params = _by_layer(module, params)
     return _generate(
-        module, params, tokens, mask, jnp.asarray(ends, jnp.int32), jnp.int32(filler), images, draw, max_new_tokens=max_new_tokens
+        module,
+        params,
+        tokens,
+        mask,
+        jnp.asarray(ends, jnp.int32),
+        jnp.int32(filler),
+        images,
+        draw,
+        max_new_tokens=max_new_tokens,
     )
 
 
@@ -114,13 +121,27 @@ class _State(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("module", "max_new_tokens"))
 def _generate(
-    module: Any, params: Tree, tokens: Array, mask: Array, ends: Array, filler: Array, images: Any, draw: _Draw | None, *, max_new_tokens: int
+    module: Any,
+    params: Tree,
+    tokens: Array,
+    mask: Array,
+    ends: Array,
+    filler: Array,
+    images: Any,
+    draw: _Draw | None,
+    *,
+    max_new_tokens: int,
 ) -> Generation:
     rows, width = tokens.shape
-    transposed = module.dot_general is jax.lax.dot_general and rows > 1 and max_new_tokens >= _FEW_TURNS
     params = _cast(module, params)
-    turned = _turned(params) if transposed else params
-    stepper = module.clone(dot_general=_kernel_first) if transposed else module
+    laid_out, stepper = params, module
+    if (
+        rows > 1
+        and max_new_tokens >= _MANY
+        and _is_split(params)
+        and getattr(module, "dot_general", _kernel_first) is None
+    ):
+        laid_out, stepper = _transposed(params), module.clone(dot_general=_kernel_first)
     seen = {} if images is None else {"images": images}
 
     def write(hidden: Array, turn: Array, live: Array, cache: KVCache, out: Generation) -> _State:
@@ -131,18 +152,19 @@ def _generate(
         else:
             keys = jax.vmap(jax.random.fold_in, (0, None))(draw.keys, turn)
             chosen = sampling.sample(keys, logits, draw.temperature, draw.top_k, draw.top_p)
-        logps = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+        logps = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, -1)
         new = Generation(jnp.where(live, chosen, filler), live, jnp.where(live, logps, 0.0))
         out = jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice(old, x[:, None], (0, turn)), out, new)
         return _State(turn + 1, new.tokens, live & ~(chosen[:, None] == ends).any(-1), cache, out)
 
     def step(state: _State) -> _State:
-        output = stepper.apply({"params": _restored(turned, transposed)}, state.last[:, None], mask=state.live[:, None], cache=state.cache)
+        whole = _stacked(laid_out, transposed=laid_out is not params)
+        output = stepper.apply({"params": whole}, state.last[:, None], mask=state.live[:, None], cache=state.cache)
         return write(output.hidden[:, 0], state.turn, state.live, output.cache, state.out)
 
     slots = width + max_new_tokens - 1  # the last token is never read again
     cache = KVCache.empty(module.config, rows, slots, module.dtype)
-    prompt = module.apply({"params": _restored(params, False)}, tokens, mask=mask, cache=cache, **seen)
+    prompt = module.apply({"params": _stacked(params)}, tokens, mask=mask, cache=cache, **seen)
     final = width - 1 - jnp.argmax(mask[:, ::-1], axis=-1)
     hidden = jnp.take_along_axis(prompt.hidden, final[:, None, None], axis=1)[:, 0]
     empty = Generation(
@@ -154,79 +176,94 @@ def _generate(
     return jax.lax.while_loop(lambda s: (s.turn < max_new_tokens) & s.live.any(), step, first).out
 
 
-_FEW_TURNS = 16
-"""Below so many new tokens, changing the layout of the kernels costs more than it saves."""
+_MANY = 16
+"""With fewer new tokens, laying out the kernels anew costs more than it saves."""
 
 
 def _by_layer(module: Any, params: Tree) -> tuple[Any, Tree]:
     """On one CPU device: the module with its layers unrolled, and each stack of layers as a list of views of its layers."""
     leaves = jax.tree.leaves(params)
-    on_cpu = all(isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) for x in leaves) and all(
-        d.platform == "cpu" for x in leaves for d in x.devices()
-    )
-    switches = {"unroll", "dot_general"} & {field.name for field in dataclasses.fields(module)}
-    if not on_cpu or len({d for x in leaves for d in x.devices()}) > 1 or len(switches) < 2 or module.dot_general is not None:
+    if not all(isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) for x in leaves):
+        return module, params
+    devices = {device for x in leaves for device in x.devices()}
+    if {device.platform for device in devices} != {"cpu"} or len(devices) > 1 or not hasattr(module, "unroll"):
         return module, params
 
     def views(path: str, x: jax.Array) -> Any:
         if "layers" not in path.split("/"):
             return x
-        (device,), host = x.devices(), np.asarray(x)
-        return [jax.device_put(host[layer], device, may_alias=True) for layer in range(host.shape[0])]
+        host = np.asarray(x)  # the same memory; so are its rows, where they are aligned
+        return [jax.device_put(layer, *devices, may_alias=True) for layer in host]
 
-    flat = {path: views(path, x) for path, x in tree.flatten(params).items()}
-    return module.clone(unroll=module.config.num_layers, dot_general=jax.lax.dot_general), tree.unflatten(flat)
+    split = {path: views(path, x) for path, x in tree.flatten(params).items()}
+    return module.clone(unroll=module.config.num_layers), tree.unflatten(split)
+
+
+def _is_split(params: Tree) -> bool:
+    return any(isinstance(x, list) for x in tree.flatten(params).values())
 
 
 def _cast(module: Any, params: Tree) -> Tree:
-    return tree.unflatten({p: jax.tree.map(lambda y: y.astype(module.dtype), x) if p.rsplit("/", 1)[-1] in ("kernel", "embedding", "unembedding") else x for p, x in tree.flatten(params).items()})
+    """Matrices in the module's dtype, once instead of at every token."""
+    matrices = ("kernel", "embedding", "unembedding")
+    cast = lambda path, x: tree.cast(x, module.dtype) if path.rsplit("/", 1)[-1] in matrices else x
+    return tree.unflatten({path: cast(path, x) for path, x in tree.flatten(params).items()})
 
 
-def _turned(params: Tree) -> Tree:
-    turn = lambda x: jax.lax.optimization_barrier(x.T)
+def _transposed(params: Tree) -> Tree:
+    """Kernels of separate layers as [out, in], for `_kernel_first`."""
+    turn = lambda path, x: path.endswith("/kernel") and isinstance(x, list)
+    barrier = jax.lax.optimization_barrier  # the transposition is to be done here, not at every token
     return tree.unflatten(
-        {p: [turn(k) for k in x] if p.endswith("/kernel") and isinstance(x, list) else x for p, x in tree.flatten(params).items()}
+        {path: [barrier(k.T) for k in x] if turn(path, x) else x for path, x in tree.flatten(params).items()}
     )
 
 
-def _restored(laid_out: Tree, transposed: bool) -> Tree:
-    """What the module expects: XLA takes layers out of the stack, and transpositions into the product, without a copy."""
+def _stacked(params: Tree, transposed: bool = False) -> Tree:
+    """What the module expects. XLA takes the layers out of the stacks, and transpositions into products, without a copy."""
 
-    def restore(path: str, x: Any) -> Any:
-        if isinstance(x, list):
-            return jnp.stack([restore(path, layer) for layer in x])
-        return x.T if transposed and path.endswith("/kernel") and x.ndim == 2 else x
+    def stack(path: str, x: Any) -> Any:
+        if not isinstance(x, list):
+            return x
+        return jnp.stack([layer.T for layer in x] if transposed and path.endswith("/kernel") else x)
 
-    return tree.unflatten({path: restore(path, x) for path, x in tree.flatten(laid_out).items()})
-
-
-def _logits(module: Any, params: Tree, hidden: Array) -> Array:
-    matrix = unembedding(module, params).astype(hidden.dtype)
-    if hidden.shape[0] == 1:
-        logits = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32)
-    else:
-        logits = _kernel_first(hidden, matrix, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    cap = module.config.final_softcap
-    return logits if cap is None else cap * jnp.tanh(logits / cap)
+    return tree.unflatten({path: stack(path, x) for path, x in tree.flatten(params).items()})
 
 
 def _kernel_first(x: Array, kernel: Array, dimensions: Any, precision: Any = None, **options: Any) -> Array:
     """`jax.lax.dot_general` of x [..., in] and a kernel [in, out], with the kernel as the first factor.
 
-    XLA's CPU products of few rows read a kernel that lies as [out, in] fastest so; a single row reads either way.
+    XLA's CPU product of a few rows is fastest so, when the kernel lies in memory as [out, in].
     """
-    (contracted, _), _ = dimensions
-    rows = x.size // x.shape[-1]
-    if rows == 1 or contracted != (x.ndim - 1,):
-        return jax.lax.dot_general(x, kernel, dimensions, precision, **options)
-    flat = x.reshape(rows, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1])
     y = jax.lax.dot_general(kernel, flat, (((0,), (1,)), ((), ())), precision, **options)
-    y = jax.lax.optimization_barrier(y)  # else the compiler folds the transposition into the product, and swaps its factors
+    y = jax.lax.optimization_barrier(
+        y
+    )  # else the compiler folds the transposition into the product and swaps its factors
     return y.T.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
+def _logits(module: Any, params: Tree, hidden: Array) -> Array:
+    """`models.logits_of` a few rows; a tied table lies as [out, in] already."""
+    if hidden.shape[0] == 1 or not _is_split(params) or not module.config.tie_embeddings:
+        return logits_of(module, params, hidden)
+    table = params["model"]["embed_tokens"]["embedding"]
+    logits = _kernel_first(hidden, table.T, None, preferred_element_type=jnp.float32)
+    cap = module.config.final_softcap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
 def _check(
-    module: Any, tokens: Array, mask: Array, max_new_tokens: int, temperature: Any, top_k: Any, top_p: Any, images: Any, key: Any, greedy: bool
+    module: Any,
+    tokens: Array,
+    mask: Array,
+    max_new_tokens: int,
+    temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    images: Any,
+    key: Any,
+    greedy: bool,
 ) -> None:
     """Refuses wrong arguments; values that are traced cannot be looked at."""
     known = lambda x: x is not None and not isinstance(x, jax.core.Tracer)
@@ -241,7 +278,9 @@ def _check(
     if known(top_p) and not 0 < float(top_p) <= 1:
         raise ValueError(f"top_p={float(top_p)} must lie in (0, 1]; leave it None to keep every token.")
     if key is None and not greedy:
-        raise ValueError("key is missing: drawing at temperature > 0 needs one, such as jax.random.key(0); or set temperature=0.")
+        raise ValueError(
+            "key is missing: drawing at temperature > 0 needs one, such as jax.random.key(0); or set temperature=0."
+        )
     if known(key) and not greedy and key.shape not in ((), tokens.shape[:1]):
         raise ValueError(f"key has shape {key.shape}; give one key, or one for each of the {tokens.shape[0]} rows.")
     if images is not None and "images" not in inspect.signature(type(module).__call__).parameters:
@@ -249,4 +288,6 @@ def _check(
     if known(mask) and mask.is_fully_addressable:
         empty = np.flatnonzero(~np.asarray(mask).any(axis=-1))
         if empty.size:
-            raise ValueError(f"row {empty[0]} of the prompts is padding alone (mask is false throughout); leave it out.")
+            raise ValueError(
+                f"row {empty[0]} of the prompts is padding alone (mask is false throughout); leave it out."
+            )

@@ -58,7 +58,9 @@ def sample(
 
 
 def _least_kept(
-    values: Float[Array, "*batch vocab"], weights: Float[Array, "*batch vocab"] | Int[Array, "*batch vocab"], target: Array
+    values: Float[Array, "*batch vocab"],
+    weights: Float[Array, "*batch vocab"] | Int[Array, "*batch vocab"],
+    target: Array,
 ) -> Float[Array, "*batch 1"]:
     """The highest bound such that the weights of all values >= bound sum to `target`; the lowest value if none does.
 

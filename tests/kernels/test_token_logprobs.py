@@ -1,7 +1,6 @@
 """Log-probabilities of tokens against hand-worked numpy and the reference; what is computed, held and skipped."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +60,16 @@ def test_values_by_hand(implementation, softcap):
 SIZES = [(5, 3, 11), (300, 2, 28_100), (601, 3, 12_001)]
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("compact, transposed", [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    "size, compact, transposed",
+    [
+        (SIZES[0], False, False),
+        (SIZES[1], False, False),
+        (SIZES[1], True, True),
+        (SIZES[2], False, True),
+        (SIZES[2], True, False),
+    ],
+)
 def test_equals_the_reference(size, compact, transposed):
     hidden, unembedding, targets, where, weights = inputs(*size, transposed=transposed)
     run = functools.partial(
@@ -201,7 +208,7 @@ def test_under_scan_and_checkpoint(wrt):
 # What is held.
 
 
-@pytest.mark.parametrize("wrt, compact", list(itertools.product([(), (0,), (0, 1)], [False, True])))
+@pytest.mark.parametrize("wrt, compact", [((), False), ((0,), True), ((0, 1), False), ((0, 1), True)])
 def test_memory_does_not_hold_tokens_by_vocabulary(wrt, compact):
     tokens, dim, vocab = 4096, 8, 60_000
     hidden, unembedding, targets, where, weights = inputs(8, 2, 2)  # dtypes only are used
@@ -253,8 +260,9 @@ def test_sharded_tokens_stay_where_they_are(wrt):
     assert "all-gather" not in lowered.compile().as_text()
 
 
-@pytest.mark.parametrize("transposed, compact", [(False, True), (True, False)])
-@pytest.mark.parametrize("wrt", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize(
+    "wrt, transposed, compact", [((0,), False, True), ((0,), True, False), ((1,), True, True), ((0, 1), False, False)]
+)
 def test_a_vocabulary_split_over_devices(wrt, transposed, compact):
     """In `shard_map`, value and gradients are those of the whole; tokens are split over another axis at once."""
     hidden, unembedding, targets, where, weights = inputs(12, 3, 40, transposed=transposed)
