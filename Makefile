@@ -15,7 +15,7 @@ quickstart: $(VENV)/.demo assets
 	@echo "go on with it    $(BIN)/jaxmethods train configs/quickstart.py --steps 200 --workdir runs/longer"
 
 test: $(VENV)/.test assets
-	$(BIN)/python -m pytest $(if $(PYTEST_MARKS),-m "$(PYTEST_MARKS)")
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(if $(PYTEST_MARKS),-m "$(PYTEST_MARKS)")
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
