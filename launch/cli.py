@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         hint = f"did you mean {near[0]!r}? " if near else ""
         _fail(f"unknown command {name!r}; {hint}Commands: {', '.join(COMMANDS)}.", 2)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing is as it should be
     try:
         _command(name)(rest)
     except BrokenPipeError:
