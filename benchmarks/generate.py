@@ -155,16 +155,7 @@ def table(o: Options, results: dict[str, list[dict[str, Any]]], versions: str) -
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for rows in o.batches:
-        rates = {}
-        for library in ("jax", "torch"):
-            found = results[f"{library} {rows}"]
-            middle = lambda value, found=found: statistics.median(value(r) for r in found)
-            rates[library] = (
-                middle(lambda r: rows * o.new / r["whole"]),
-                middle(lambda r: rows * (o.new - 1) / (r["whole"] - r["prompt"])),
-                middle(lambda r: r["prompt"]),
-                middle(lambda r: r["first"] - r["whole"]),
-            )
+        rates = {library: speeds(o, rows, results[f"{library} {rows}"]) for library in ("jax", "torch")}
         equal = np.mean(np.equal(results[f"jax {rows}"][0]["tokens"], results[f"torch {rows}"][0]["tokens"]))
         for library, label in (("jax", "jaxmethods"), ("torch", "torch + transformers")):
             whole, decoding, prompt, compiling = rates[library]
@@ -175,6 +166,17 @@ def table(o: Options, results: dict[str, list[dict[str, Any]]], versions: str) -
                 f"| {f'{equal:.0%}' if ours else ''} |"
             )
     return "\n".join(lines)
+
+
+def speeds(o: Options, rows: int, found: list[dict[str, Any]]) -> tuple[float, float, float, float]:
+    """New tokens a second, the same without the prompt, seconds for the prompt, and to compile."""
+    middle = lambda value: statistics.median(value(r) for r in found)
+    return (
+        middle(lambda r: rows * o.new / r["whole"]),
+        middle(lambda r: rows * (o.new - 1) / (r["whole"] - r["prompt"])),
+        middle(lambda r: r["prompt"]),
+        middle(lambda r: r["first"] - r["whole"]),
+    )
 
 
 def cpu() -> str:

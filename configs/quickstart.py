@@ -42,7 +42,7 @@ def config() -> Run:
             "mlp/(gate|up|down)_proj": SMoRE(experts=(4, 4), fanout=(2, 2), ranks=(4, 8), router_dim=16, gate_dim=16)
         },
         optimizer=Optimizer(learning_rate=2e-3, schedule="cosine", warmup=5),
-        steps=60,
+        steps=40,
         batch_size=4,
         evaluate_every=20,
         checkpoint_every=20,
