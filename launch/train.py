@@ -39,7 +39,7 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
     console = progress.tolerant(console or Console(quiet=not main))
     say = functools.partial(console.print, soft_wrap=True, markup=False, highlight=False)
     workdir = epath.Path(run.workdir)
-    _claim(workdir, run)
+    _check_folder(workdir, run)
     if run.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(run.compilation_cache))
 
@@ -51,6 +51,9 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
     batches = iter(data.batches(rows, batch_size=run.batch_size, seed=run.data.seed, **_process()))
     assembly = assemble(run, *models.shapes(run.model, dtype=jnp.dtype(run.param_dtype)), mesh)
     _, base = models.load(run.model, dtype=jnp.dtype(run.param_dtype), mesh=mesh)
+
+    # What could be wrong with config, model or data has been said by now: the folder becomes this run's.
+    _claim(workdir, run)
 
     # State: fresh, or from the latest good checkpoint.
     init_key, run_key = jax.random.split(jax.random.key(run.seed))
@@ -173,8 +176,8 @@ def _split(assembly: Assembly, base: tree.Tree, adapter_leaves: tree.Tree) -> tu
     return tree.cast(trained, jnp.float32), frozen
 
 
-def _claim(workdir: Any, run: Run) -> None:
-    """Makes the work folder, or checks that it is this run's."""
+def _check_folder(workdir: Any, run: Run) -> None:
+    """Refuses a work folder that holds another run, or anything else."""
     file = workdir / "config.json"
     if file.exists():
         try:
@@ -188,7 +191,12 @@ def _claim(workdir: Any, run: Run) -> None:
             )
     elif workdir.exists() and any(workdir.iterdir()):
         raise ValueError(f"work folder {workdir} is not empty and holds no config.json; choose another --workdir.")
+
+
+def _claim(workdir: Any, run: Run) -> None:
+    """Makes the work folder and writes the run into it."""
     if jax.process_index() == 0:
+        file = workdir / "config.json"
         workdir.mkdir(parents=True, exist_ok=True)
         partial = workdir / "config.json.partial"
         partial.write_text(json.dumps(run_config.to_json(run), indent=2) + "\n")

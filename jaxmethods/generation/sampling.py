@@ -68,7 +68,7 @@ def _least_kept(
     """
     ordered = _as_ordered_int(values)
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array | int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds  # `low` is low enough, `high` is too high or the highest value
         middle = (low & high) + ((low ^ high) >> 1)  # of two integers whose sum may overflow
         enough = jnp.where(ordered >= middle, weights, 0).sum(axis=-1, keepdims=True) >= target

@@ -247,7 +247,7 @@ def config_from_gguf(file: Gguf) -> DecoderConfig:
     )
 
 
-def _short(value: float) -> float:
+def _short(value: Any) -> float:
     """A float32 as the decimal number it was written from: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 

@@ -220,7 +220,7 @@ def _on_host(array: Any, layer: int | None) -> np.ndarray:
 
 @functools.cache
 def _gather(sharding: Any) -> Any:
-    def pick(array: jax.Array, layer: int | None) -> jax.Array:
+    def pick(array: jax.Array, layer: Any) -> jax.Array:
         return array if layer is None else jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
 
     return jax.jit(pick, out_shardings=sharding)

@@ -80,7 +80,7 @@ def read_header(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {name: Tensor(file, kind, shape, start + first) for name, (kind, shape, first, _) in spans.items()}, metadata
 
 
-def _span(entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+def _span(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     first, last = entry["data_offsets"]
     shape = tuple(entry["shape"])
     if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):

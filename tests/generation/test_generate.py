@@ -10,18 +10,20 @@ from jaxmethods import adapters, generation, models, sharding
 from jaxmethods.models import decoder as decoder_file
 from tests import tiny
 
-PROMPTS = [[5, 9, 30], [7], [8, 44, 3, 60, 12]]
+PROMPTS = [[5, 9, 30], [7], [8, 44, 3, 60, 12], [3, 2]]
+WIDTH = 8  # one shape for most tests: they then share compiled programs
 NEW = 6
 program = importlib.import_module("jaxmethods.generation.generate")
 
 
 @functools.cache
 def model(family="llama"):
-    return tiny.decoder(family)
+    layers = {"window_layers": (True, False)} if family == "gemma2" else {}
+    return tiny.decoder(family, num_layers=2, **layers)
 
 
 def padded(prompts, side="left", width=None):
-    width = width or max(map(len, prompts))
+    width = width or max(WIDTH, *map(len, prompts))
     tokens, mask = np.full((len(prompts), width), 17, np.int32), np.zeros((len(prompts), width), bool)
     for row, prompt in enumerate(prompts):
         place = slice(width - len(prompt), None) if side == "left" else slice(len(prompt))
@@ -69,18 +71,18 @@ def test_logps_are_the_models_own_and_greedy_takes_the_best(family):
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "key": jax.random.key(1)}])
 def test_padding_on_either_side_changes_nothing(options):
     plain = run(**options)
-    same(plain, run(width=9, **options))
-    same(plain, run(side="right", width=9, **options))
+    same(plain, run(side="right", **options))
+    same(plain, run(width=5, **options))
 
 
 def test_a_row_does_not_depend_on_the_others():
     options = {"temperature": 1.0, "key": jax.random.key(1)}
     together = run(**options)
-    changed = run([PROMPTS[0], [1, 2, 3, 4], *PROMPTS[2:], [9]], **options)
+    changed = run([PROMPTS[0], [1, 2, 3, 4], PROMPTS[2], [9]], **options)
     for row in (0, 2):
         np.testing.assert_array_equal(together.tokens[row], changed.tokens[row])
     np.testing.assert_array_equal(together.tokens[:, :3], run(max_new_tokens=3, **options).tokens)
-    keys = jax.random.split(jax.random.key(4), 3)  # a key of its own follows a row to another place
+    keys = jax.random.split(jax.random.key(4), 4)  # a key of its own follows a row to another place
     forward, backward = run(temperature=1.0, key=keys), run(PROMPTS[::-1], temperature=1.0, key=keys[::-1])
     np.testing.assert_array_equal(forward.tokens, backward.tokens[::-1])
 
@@ -89,13 +91,12 @@ def test_a_row_ends_after_its_end_token():
     free = run()
     ends = (int(free.tokens[0, 2]), int(free.tokens[1, 0]))
     result = run(eos_id=ends)
-    for row in range(3):
+    for row in range(len(PROMPTS)):
         hits = np.flatnonzero(np.isin(free.tokens[row], ends))
         length = hits[0] + 1 if hits.size else NEW
         assert result.mask[row].tolist() == [True] * length + [False] * (NEW - length)
         np.testing.assert_array_equal(result.tokens[row, :length], free.tokens[row, :length])
         assert (result.tokens[row, length:] == ends[0]).all() and (result.logps[row, length:] == 0).all()
-    assert run([[7]], eos_id=ends[1]).mask.sum() == 1
 
 
 def test_the_loop_stops_when_all_rows_have_ended():
@@ -110,7 +111,7 @@ def test_the_loop_stops_when_all_rows_have_ended():
 
     counting = Counting(module.config)
     tokens, mask = padded([[7]])
-    for eos_id, expected in ((end, 1), (None, NEW)):
+    for eos_id, expected in ((end, 1), (60_000, NEW)):
         turns.clear()
         out = generation.generate(counting, params, tokens, mask, max_new_tokens=NEW, temperature=0, eos_id=eos_id)
         jax.block_until_ready(out)
@@ -119,10 +120,10 @@ def test_the_loop_stops_when_all_rows_have_ended():
 
 
 def test_one_program_for_one_shape():
-    run(temperature=1.0, top_k=3, top_p=0.5, eos_id=1, key=jax.random.key(0))
+    run(temperature=1.0, top_k=3, top_p=0.5, key=jax.random.key(0))
     before = program._generate._cache_size()
     for n in range(1, 4):
-        run(temperature=0.2 * n, top_k=n, top_p=0.3 * n, eos_id=n, key=jax.random.key(n))
+        run(temperature=0.2 * n, top_k=n, top_p=0.3 * n, key=jax.random.key(n))
     assert program._generate._cache_size() == before
 
 
@@ -130,20 +131,19 @@ def test_many_tokens_take_the_laid_out_kernels(monkeypatch):
     used = []
     original = program._kernel_first
     monkeypatch.setattr(program, "_kernel_first", lambda *a, **k: used.append(1) or original(*a, **k))
-    for family in ("llama", "qwen2"):
-        result = run(family=family, max_new_tokens=program._MANY)
-        assert used
-        found, best = from_scratch(*model(family), PROMPTS, result)
-        np.testing.assert_allclose(result.logps, found, atol=1e-5)
-        np.testing.assert_array_equal(result.tokens, best)
+    result = run(family="qwen2", max_new_tokens=program._MANY)  # tied, so that the table's product is covered too
+    assert used
+    found, best = from_scratch(*model("qwen2"), PROMPTS, result)
+    np.testing.assert_allclose(result.logps, found, atol=1e-5)
+    np.testing.assert_array_equal(result.tokens, best)
 
 
 def test_layers_are_views_of_the_stack():
-    module, params = tiny.decoder(hidden_size=64, intermediate_size=64, head_dim=16)
+    module, params = model()
     split_module, split = program._by_layer(module, params)
     stack = params["model"]["layers"]["mlp"]["up_proj"]["kernel"]
     layers = split["model"]["layers"]["mlp"]["up_proj"]["kernel"]
-    assert split_module.unroll == len(layers) == 3
+    assert split_module.unroll == len(layers) == 2
     np.testing.assert_array_equal(np.stack(layers), stack)
     if stack.unsafe_buffer_pointer() % 64 == 0:
         assert layers[1].unsafe_buffer_pointer() == stack.unsafe_buffer_pointer() + stack[0].nbytes
@@ -185,8 +185,8 @@ def test_inside_jit():
 
 def test_eight_devices_give_what_one_gives():
     module, params = model()
-    tokens, mask = padded([*PROMPTS, [3, 2]])
-    options = {"max_new_tokens": NEW, "temperature": 0.9, "top_p": 0.8, "eos_id": 2, "key": jax.random.key(6)}
+    tokens, mask = padded(PROMPTS)
+    options = {"max_new_tokens": NEW, "temperature": 0.9, "key": jax.random.key(6)}
     one = jax.tree.map(np.asarray, generation.generate(module, params, tokens, mask, **options))
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     placed = jax.device_put(params, sharding.shardings_for(params, mesh, decoder_file.RULES))
@@ -204,7 +204,7 @@ def test_eight_devices_give_what_one_gives():
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"top_k": 0}, "top_k=0"),
         ({"images": np.zeros((3, 4, 4, 3))}, "reads no images"),
-        ({"temperature": 1.0, "key": jax.random.split(jax.random.key(0), 2)}, "one for each of the 3 rows"),
+        ({"temperature": 1.0, "key": jax.random.split(jax.random.key(0), 2)}, "one for each of the 4 rows"),
     ],
 )
 def test_wrong_arguments_are_refused(options, message):
@@ -214,7 +214,7 @@ def test_wrong_arguments_are_refused(options, message):
 
 def test_a_row_of_padding_is_refused():
     with pytest.raises(ValueError, match="row 1 of the prompts is padding alone"):
-        run([[3], [], [4, 5]])
+        run([[3], [], [4, 5], [1]])
 
 
 def test_bfloat16_parameters():
