@@ -35,12 +35,15 @@ class Mean(NamedTuple):
     weight: Float[Array, ""]
 
     @classmethod
-    def of(cls, values: Num[Array, "*shape"], where: Bool[Array, "*shape"] | None = None) -> Mean:
+    def of(
+        cls, values: Num[Array | np.ndarray, "*shape"], where: Bool[Array | np.ndarray, "*shape"] | None = None
+    ) -> Mean:
         """The mean of `values` where `where` is true; values elsewhere may be anything, also not finite."""
+        values = jnp.asarray(values)
         if where is None:
             return cls(values.sum(dtype=jnp.float32), jnp.float32(values.size))
         kept = jnp.where(where, values, 0)  # `where`, not a product: inf * 0 is nan
-        return cls(kept.sum(dtype=jnp.float32), where.sum(dtype=jnp.float32))
+        return cls(kept.sum(dtype=jnp.float32), jnp.asarray(where).sum(dtype=jnp.float32))
 
     def __add__(self, other: Mean) -> Mean:  # type: ignore[override]  # not tuple concatenation
         return Mean(self.total + other.total, self.weight + other.weight)

@@ -211,7 +211,7 @@ class Attention(_Part):
             q, k = self.norm("q_norm")(q), self.norm("k_norm")(k)
         q, k = rotate(q, shared.cos, shared.sin), rotate(k, shared.cos, shared.sin)
         if cache is not None:
-            at = (layer, 0, shared.start, 0, 0)
+            at: Any = (layer, 0, shared.start, 0, 0)
             cache = tuple(
                 jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
                 for old, new in zip(cache, (k, v), strict=True)
