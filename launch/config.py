@@ -166,9 +166,15 @@ def _explain_field(text: str) -> str:
     if not match:
         return text
     name, field = match.groups()
-    known = next(([f.name for f in dataclasses.fields(c)] for c in _classes(Run) if c.__name__ == name), [])
+    kind = next((c for c in _classes(Run) if c.__name__ == name), None)
+    return text if kind is None else _unknown(kind, field)
+
+
+def _unknown(kind: Any, field: str) -> str:
+    """Says that a dataclass has no such field, and which is nearest."""
+    known = [f.name for f in dataclasses.fields(kind)]
     near = difflib.get_close_matches(field, known, 1)
-    return f"{name} has no field {field!r}" + (
+    return f"{kind.__name__} has no field {field!r}" + (
         f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}."
     )
 
@@ -212,10 +218,14 @@ def from_json(value: Any) -> Any:
         return fields
     known = {c.__name__: c for c in _classes(Run)}
     tree.require_one_of("kind", value["kind"], tuple(known))
+    kind = known[value["kind"]]
+    for field in fields:
+        if field not in {f.name for f in dataclasses.fields(kind)}:
+            raise ValueError(_unknown(kind, field))
     try:
-        return known[value["kind"]](**fields)
-    except TypeError as error:
-        raise ValueError(_explain_field(str(error))) from error
+        return kind(**fields)
+    except TypeError as error:  # a field without a default is missing
+        raise ValueError(str(error)) from error
 
 
 def read_json(path: Any) -> Run:
