@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxmethods import data, generation
-from jaxmethods.models.functional import target_logps
+from jaxmethods.objectives import Supervised
 from jaxmethods.tree import Mean, Tree
 
 
@@ -74,11 +74,7 @@ def answer_nll(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _batch_nll(module: Any, params: Tree, batch: dict[str, Any]) -> Mean:
-    logps, _ = target_logps(
-        module, params, batch["tokens"], batch["target_mask"], batch["segment_ids"] > 0,
-        segment_ids=batch["segment_ids"], positions=batch["positions"],
-    )  # fmt: skip
-    return Mean.of(-logps, batch["target_mask"])
+    return Supervised().loss_fn(module)(params, batch, None)[0]
 
 
 def complete(
