@@ -4,7 +4,7 @@
 
 Every measurement is a fresh process; the two libraries take turns; both use the same weights, batch, float32 and threads.
 Peak memory is the process' largest resident size less that of a process that only imports. Also measured: S'MoRE against
-LoRA at equal trained parameters, the plain matmul rate of the machine, and compile times at two depths.
+LoRA at (nearly) equal trained parameters, the plain matmul rate of the machine, and compile times at two depths.
 
 Needs the demo model (`make quickstart` installs it) and, for the comparison, torch, transformers, peft and accelerate.
 """
@@ -12,6 +12,7 @@ Needs the demo model (`make quickstart` installs it) and, for the comparison, to
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -48,6 +49,10 @@ class Options:
     """Threads of both libraries."""
     rank: int = 16
     """Of LoRA on every linear map."""
+    remat: str = "dots"
+    """What our backward pass computes again: none, dots, full."""
+    huge_pages: bool = True
+    """Let glibc ask for huge pages for large blocks, in both libraries: most of XLA's page faults go."""
     to: str | None = None
     """Write the table to this file too."""
     child: str | None = None
@@ -65,6 +70,9 @@ CASES = (
     "torch full",
     "jax lora mlp",
     "jax smore mlp",
+    "jax depth 4",
+    "jax depth 32",
+    "rate matmul",
 )
 
 
@@ -76,23 +84,31 @@ def in_jax(o: Options, case: str) -> dict[str, float]:
     import jax
 
     from jaxmethods import adapters, models, objectives, training
+    from jaxmethods.launch import cost
 
     if case == "imports":
         jax.numpy.zeros(1).block_until_ready()
         return {}
-    module, params = models.load(MODEL)
+    measured = not case.startswith("depth")
+    module, params = (models.load if measured else models.shapes)(MODEL)
+    module = module.clone(remat=o.remat)
     chosen = {
-        "lora": {EVERY_LINEAR: adapters.LoRA(rank=o.rank)},
+        "full": {},
         "lora mlp": {MLP: adapters.LoRA(rank=18)},
         "smore mlp": {MLP: adapters.SMoRE(experts=(4, 4), fanout=(2, 2), ranks=(1, 2), router_dim=16, gate_dim=16)},
-    }.get(case)
+    }.get(case, {EVERY_LINEAR: adapters.LoRA(rank=o.rank)})
+    if not measured:
+        module = module.clone(config=dataclasses.replace(module.config, num_layers=int(case.split()[1])))
+        params = jax.eval_shape(lambda: module.init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"])
     if chosen:
         module = adapters.attach(module, chosen)
-        params = jax.jit(lambda p, key: adapters.init(module, p, key), donate_argnums=0)(params, jax.random.key(0))
+        init = jax.jit(lambda p, key: adapters.init(module, p, key), donate_argnums=0)
+        params = (init if measured else functools.partial(jax.eval_shape, init))(params, jax.random.key(0))
     trained, frozen = adapters.partition(params, None if chosen else lambda path: True)
     del params
     tx = training.Optimizer(schedule="constant", warmup=0).transformation(100)
-    state = training.init_state(trained, tx, jax.random.key(0))
+    start_state = lambda trained: training.init_state(trained, tx, jax.random.key(0))
+    state = start_state(trained) if measured else jax.eval_shape(start_state, trained)
     del trained
     step = jax.jit(training.make_train_step(objectives.Supervised().loss_fn(module), tx), donate_argnums=0)
     tokens = batch(o)
@@ -104,18 +120,17 @@ def in_jax(o: Options, case: str) -> dict[str, float]:
     start = time.perf_counter()
     compiled = step.lower(state, frozen, rows).compile()
     compile_seconds = time.perf_counter() - start
+    if not measured:
+        return {"compile": compile_seconds}
+    matmul_flops = cost.count(step, state, frozen, rows).matmul_flops
     seconds = []
-    for n in range(o.steps + 2):
+    for _ in range(o.steps + 2):
         start = time.perf_counter()
         state, metrics = compiled(state, frozen, rows)
         loss = float(metrics["loss"])
-        if n > 1:
-            seconds.append(time.perf_counter() - start)
-    from jaxmethods.launch import cost
-
-    counted = cost.count(step, state, frozen, rows)
+        seconds.append(time.perf_counter() - start)
     return {
-        "seconds": statistics.median(seconds), "loss": loss, "compile": compile_seconds, "matmul_flops": counted.matmul_flops,
+        "seconds": statistics.median(seconds[2:]), "loss": loss, "compile": compile_seconds, "matmul_flops": matmul_flops,
         "trained": sum(x.size for x in jax.tree.leaves(state.trained)),
     }  # fmt: skip
 
@@ -169,20 +184,28 @@ def matmul_rate(o: Options) -> float:
 def measure(o: Options) -> None:
     """What a child process does: prints one JSON object."""
     library, case = str(o.child).split(" ", 1)
-    found = {"matmul": matmul_rate} if library == "rate" else {}
-    result = {"rate": found["matmul"](o)} if found else (in_jax if library == "jax" else in_torch)(o, case)
-    print(json.dumps(result | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    measures = {"jax": in_jax, "torch": in_torch, "rate": lambda o, case: {"rate": matmul_rate(o)}}
+    result = measures[library](o, case)
+    print(json.dumps(result | {"peak": peak_bytes()}))
+
+
+def peak_bytes() -> int:
+    """The largest resident size of this process. (On Linux getrusage also counts what its parent was before.)"""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
 
 
 def run(o: Options, child: str, folder: str) -> dict[str, float]:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(o.threads), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
     }  # fmt: skip
-    values = [
-        f"--{k}={v}"
-        for k, v in dataclasses.asdict(dataclasses.replace(o, child=child, folder=folder, to=None)).items()
-        if v is not None
-    ]
+    if o.huge_pages:
+        environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    given = dataclasses.asdict(dataclasses.replace(o, child=child, folder=folder, to=None))
+    values = [f"--{name}={value}" for name, value in given.items() if name != "huge_pages" and value is not None]
     line = [sys.executable, __file__, *values]
     if hasattr(os, "sched_setaffinity"):
         line = ["taskset", "-c", f"0-{o.threads - 1}", *line]
@@ -207,7 +230,7 @@ def main(o: Options) -> None:
         module, params = models.load(MODEL)
         models.save(f"{folder}/model", module, params)
         del params
-        results: dict[str, list[dict[str, float]]] = {case: [] for case in (*CASES, "rate matmul")}
+        results: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
         for turn in range(o.rounds):
             for case in results:
                 results[case].append(run(o, case, f"{folder}/model"))
@@ -220,17 +243,20 @@ def main(o: Options) -> None:
 
 def table(o: Options, results: dict[str, list[dict[str, float]]]) -> str:
     middle = lambda case, name: statistics.median(r[name] for r in results[case])
+    fastest = lambda case: min(r["seconds"] for r in results[case])
     tokens = o.rows * o.length
     over = lambda case: (middle(case, "peak") - middle(case.split(" ")[0] + " imports", "peak")) / 2**20
     rate = max(r["rate"] for r in results["rate matmul"])
     lines = [
         "# A training step on SmolLM2-135M, on the CPU",
         "",
-        f"`python benchmarks/train_step.py`, {date.today()}, {cpu()}, {o.threads} threads, float32, "
+        f"`python benchmarks/train_step.py`, {date.today()}, {cpu()}, {o.threads} threads, float32, remat {o.remat}, "
+        f"{'GLIBC_TUNABLES=glibc.malloc.hugetlb=1, ' if o.huge_pages else ''}"
         f"{o.rows} x {o.length} tokens, medians of {o.rounds} processes of {o.steps} steps.",
         "",
-        "| step | library | trained | tokens/s | ratio | MiB over imports | ratio | share of matmul rate | compile s |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| step | library | trained | tokens/s | ratio | ratio of the fastest processes | MiB over imports | ratio "
+        "| share of matmul rate | compile s |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for case in ("lora", "full"):
         ours, theirs = f"jax {case}", f"torch {case}"
@@ -239,9 +265,10 @@ def table(o: Options, results: dict[str, list[dict[str, float]]]) -> str:
             share = middle(ours, "matmul_flops") / middle(name, "seconds") / rate if own else None
             lines.append(
                 f"| {case} | {label} | {middle(name, 'trained'):,.0f} | {tokens / middle(name, 'seconds'):.0f} "
-                f"| {middle(theirs, 'seconds') / middle(ours, 'seconds') if own else 1:.2f} | {over(name):.0f} "
+                f"| {middle(theirs, 'seconds') / middle(ours, 'seconds') if own else 1:.2f} "
+                f"| {fastest(theirs) / fastest(ours) if own else 1:.2f} | {over(name):.0f} "
                 f"| {over(ours) / over(theirs) if own else 1:.2f} | {f'{share:.0%}' if share else ''} "
-                f"| {middle(ours, 'compile') if own else 0:.1f} |"
+                f"| {format(middle(ours, 'compile'), '.1f') if own else ''} |"
             )
     smore, lora = "jax smore mlp", "jax lora mlp"
     lines += [
@@ -249,6 +276,10 @@ def table(o: Options, results: dict[str, list[dict[str, float]]]) -> str:
         f"S'MoRE's step on the MLPs ({middle(smore, 'trained'):,.0f} trained) takes "
         f"{middle(smore, 'seconds') / middle(lora, 'seconds'):.2f} x the time of LoRA's ({middle(lora, 'trained'):,.0f} trained); "
         f"it compiles in {middle(smore, 'compile'):.1f} s, LoRA's in {middle(lora, 'compile'):.1f} s.",
+        "",
+        f"Compiling the LoRA step takes {middle('jax depth 4', 'compile'):.1f} s at 4 layers, "
+        f"{middle('jax depth 32', 'compile'):.1f} s at 32: "
+        f"{middle('jax depth 32', 'compile') / middle('jax depth 4', 'compile'):.2f} x.",
         "",
         f"Plain matmul rate: {rate / 1e9:.0f} GFLOP/s ({tokens} x 576 by 576 x 1536, float32, in JAX).",
     ]

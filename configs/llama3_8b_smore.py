@@ -18,7 +18,9 @@ def config() -> Run:
         data=Data(train="data/train.jsonl", sequence_length=4096),
         workdir="runs/llama3_8b_smore",
         # The shape that the paper counts as 104 M trained parameters: 4-4, ranks 4 and 8 (methods: Table of LLaMA-3-8B runs).
-        adapters={"mlp/(gate|up|down)_proj": SMoRE(experts=(4, 4), fanout=(2, 2), ranks=(4, 8), router_dim=24, gate_dim=32)},
+        adapters={
+            "mlp/(gate|up|down)_proj": SMoRE(experts=(4, 4), fanout=(2, 2), ranks=(4, 8), router_dim=24, gate_dim=32)
+        },
         optimizer=Optimizer(learning_rate=1e-4, warmup=0.1),
         steps=1000,
         batch_size=128,

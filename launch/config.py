@@ -69,8 +69,8 @@ class Run:
     """Of activations and matrix products."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of frozen parameters; trained ones are float32."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass computes again instead of keeping it."""
+    remat: Literal["none", "dots", "full"] = "dots"
+    """What the backward pass computes again instead of keeping it: dots keeps linear layers and attention."""
     unroll: int = 1
     """Layers a step of the layer scan."""
     checkpoint_every: int = 100

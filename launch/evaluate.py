@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import tyro
@@ -125,14 +128,21 @@ def _next_steps(console: Console, workdir: str, opened: Opened) -> None:
     picture = epath.Path(workdir) / "loss.png"
     if picture.exists():
         console.print(f"loss over steps  {picture}")
-    console.print(f"ask it           jaxmethods generate {workdir} --prompt TEXT", markup=False)
+    program = _program()
+    console.print(f"ask it           {program} generate {workdir} --prompt TEXT", markup=False)
     token_dependent = opened.run is not None and any(
         getattr(a, "token_dependent", False) for a in opened.run.adapters.values()
     )
     console.print(
-        f"export it        jaxmethods export {workdir} --to OUT --format {'adapter' if token_dependent else 'hf'}",
+        f"export it        {program} export {workdir} --to OUT --format {'adapter' if token_dependent else 'hf'}",
         markup=False,
     )
+
+
+def _program() -> str:
+    """How the reader can call this program again: by its path where the shell does not know its name."""
+    called = sys.argv[0]
+    return called if Path(called).name == "jaxmethods" and not shutil.which("jaxmethods") else "jaxmethods"
 
 
 __all__ = ["Evaluate", "evaluate"]

@@ -102,8 +102,8 @@ class Progress:
             self._print_line()
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Shows a finished step. Of `metrics` (numbers on the host) it reads `loss`, `tokens_per_second` and
-        `evaluation_loss`, each where present."""
+        """Shows a finished step. Of `metrics` (numbers on the host) it reads `loss`, `evaluation_loss`,
+        `tokens_per_second` and `mfu`, each where present."""
         if not self._main:
             return
         self.step = step
@@ -136,6 +136,8 @@ class Progress:
             parts.append(f"evaluation {_loss(self._metrics['evaluation_loss'])}")
         if (rate := self._metrics.get("tokens_per_second")) is not None:
             parts.append(f"{number(rate)} tokens/s")
+        if (share := self._metrics.get("mfu")) is not None:
+            parts.append(f"{share:.0%} of peak")
         if (left := self.seconds_left()) is not None and self.step < self.total:
             parts.append(f"{duration(left)} left")
         if not self._pace:
@@ -160,7 +162,7 @@ class Progress:
         _print(self._console, self.text())
 
 
-_SHOWN = ("loss", "evaluation_loss", "tokens_per_second")
+_SHOWN = ("loss", "evaluation_loss", "tokens_per_second", "mfu")
 
 
 class _Line:

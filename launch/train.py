@@ -18,7 +18,7 @@ from rich.console import Console
 
 from jaxmethods import data, models, sharding, training, tree
 from jaxmethods.launch import config as run_config
-from jaxmethods.launch import plot, progress
+from jaxmethods.launch import cost, plot, progress
 from jaxmethods.launch.assembly import Assembly, assemble
 from jaxmethods.launch.config import Run
 from jaxmethods.launch.metrics import MetricsFile
@@ -82,6 +82,8 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
     }
     stop = _stop_on_signals(console)
     rate = run.optimizer.learning_rates(run.steps)
+    devices = list(mesh.devices.flat)
+    model_flops = _model_flops(assembly) if cost.peak_flops(devices[0]) else 0.0
     row: dict[str, Any] = {}
     with (
         stop as stopped,
@@ -104,6 +106,8 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
                 "step": n, "loss": values.pop("loss"), "tokens_per_second": values["tokens"] / seconds, "step_seconds": seconds,
                 "learning_rate": float(rate(n - 1)), **values, **(extra or {}),
             }  # fmt: skip
+            if share := cost.mfu(model_flops, seconds, devices):
+                row["mfu"] = share
             if main:
                 metrics_file.append(row)
                 if board is not None:
@@ -162,6 +166,12 @@ def evaluate(
         for name, mean in assembly.evaluate(trained, frozen, place(batch)).items():
             sums[name] = sums[name] + mean if name in sums else mean
     return {f"evaluation_{name}": float(mean.value()) for name, mean in jax.device_get(sums).items()}
+
+
+def _model_flops(assembly: Assembly) -> float:
+    """Operations of a step's matrix products, without what rematerialisation repeats."""
+    plain = assembly.with_remat("none")
+    return cost.count(plain.step, plain.state, plain.frozen, plain.batch()).matmul_flops
 
 
 def _process() -> dict[str, int]:

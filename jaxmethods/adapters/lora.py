@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxmethods.adapters.base import Call, Result
+from jaxmethods.kernels.linear import linear
 from jaxmethods.tree import Tree
 
 
@@ -69,4 +70,4 @@ class LoRA:
 
 def delta(leaves: dict[str, Any], x: Float[Array, "*batch d_in"], scale: float) -> Float[Array, "*batch d_out"]:
     """scale * x a b, in x's dtype."""
-    return (x @ leaves["a"].astype(x.dtype)) * scale @ leaves["b"].astype(x.dtype)
+    return linear(linear(x, leaves["a"].astype(x.dtype)) * scale, leaves["b"].astype(x.dtype))

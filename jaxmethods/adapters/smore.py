@@ -35,7 +35,6 @@ Nothing is gathered or sorted: a child is a one-hot row over its pool, which kee
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -47,7 +46,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxmethods.adapters.base import Call, Result
-from jaxmethods.tree import cast, flatten, unflatten
+from jaxmethods.tree import cast, flatten, require_one_of, unflatten
 
 Params = dict[str, Any]
 """The nested dict of an adapter's leaves, as listed above."""
@@ -100,11 +99,11 @@ class SMoRE:
         for name in ("experts", "fanout", "ranks", "gate_dim", "scale"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
-        _check_name("gate", self.gate, GATES)
-        _check_name("variant", self.variant, VARIANTS)
-        _check_name("initialization", self.initialization, INITIALIZATIONS)
-        _check_name("gate_activation", self.gate_activation, GATE_ACTIVATIONS)
-        _check_name("activation", self.activation.split("|")[0], ACTIVATIONS)
+        require_one_of("gate", self.gate, GATES)
+        require_one_of("variant", self.variant, VARIANTS)
+        require_one_of("initialization", self.initialization, INITIALIZATIONS)
+        require_one_of("gate_activation", self.gate_activation, GATE_ACTIVATIONS)
+        require_one_of("activation", self.activation.split("|")[0], ACTIVATIONS)
         if "|" in self.activation:
             _initial_slope(self.activation)
         if self.variant != "full":
@@ -221,13 +220,6 @@ class SMoRE:
         mask = None if token_mask is None else token_mask.reshape(-1)
         delta, aux_loss = apply(leaves, flat, self, token_mask=mask, key=key)
         return delta.reshape(*x.shape[:-1], delta.shape[-1]), aux_loss
-
-
-def _check_name(field: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        nearest = difflib.get_close_matches(value, known, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
-        raise ValueError(f"{field}={value!r} is not one of {', '.join(map(repr, known))}{hint}")
 
 
 def _check_sizes(field: str, value: Any) -> None:

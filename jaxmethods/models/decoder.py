@@ -15,9 +15,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmethods.kernels import linear
 from jaxmethods.kernels.attention import attention
 
 RULES = (
@@ -31,6 +33,8 @@ RULES = (
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
 REMAT = ("none", "dots", "full")
+SAVED = ("linear", "attention_out", "attention_lse")
+"""Names of what remat "dots" keeps: outputs of linear layers with their adapters, and of attention."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +95,8 @@ class DecoderConfig:
             raise ValueError(f"family {self.family!r} is unknown; the families are {', '.join(FAMILIES)}.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}.")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs.")
         if self.activation not in _ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is unknown; choose of {', '.join(_ACTIVATIONS)}.")
         if self.window_layers is not None and len(self.window_layers) != self.num_layers:
@@ -185,15 +191,16 @@ class _Part(nn.Module):
     param_dtype: Any = jnp.float32
     dot_general: Any = None
 
-    def dense(self, features: int, name: str, use_bias: bool = False) -> nn.Dense:
-        return nn.Dense(
+    def dense(self, x: Array, features: int, name: str, use_bias: bool = False) -> Array:
+        layer = nn.Dense(
             features,
             use_bias=use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            dot_general=self.dot_general,
+            dot_general=self.dot_general or linear.dot_general,
             name=name,
         )
+        return checkpoint_name(layer(x), "linear")
 
     def norm(self, name: str) -> RMSNorm:
         return RMSNorm(self.config.rms_norm_eps, self.config.norm_plus_one, self.param_dtype, name=name)
@@ -204,9 +211,9 @@ class Attention(_Part):
     def __call__(self, x, window, cache, layer, shared: _Shared):  # type: ignore[no-untyped-def]
         c = self.config
         heads = lambda y: y.reshape(*y.shape[:-1], -1, c.head_dim)
-        q = heads(self.dense(c.num_heads * c.head_dim, "q_proj", c.attention_bias)(x))
-        k = heads(self.dense(c.num_kv_heads * c.head_dim, "k_proj", c.attention_bias)(x))
-        v = heads(self.dense(c.num_kv_heads * c.head_dim, "v_proj", c.attention_bias)(x))
+        q = heads(self.dense(x, c.num_heads * c.head_dim, "q_proj", c.attention_bias))
+        k = heads(self.dense(x, c.num_kv_heads * c.head_dim, "k_proj", c.attention_bias))
+        v = heads(self.dense(x, c.num_kv_heads * c.head_dim, "v_proj", c.attention_bias))
         if c.qk_norm:
             q, k = self.norm("q_norm")(q), self.norm("k_norm")(k)
         q, k = rotate(q, shared.cos, shared.sin), rotate(k, shared.cos, shared.sin)
@@ -223,15 +230,15 @@ class Attention(_Part):
             q_segment_ids=shared.segment_ids, kv_segment_ids=shared.kv_segment_ids,
             window=c.sliding_window if window is None else window, softcap=c.attention_softcap, scale=c.query_scale,
         )  # fmt: skip
-        return self.dense(c.hidden_size, "o_proj")(out.reshape(*x.shape[:-1], -1)), cache
+        return self.dense(out.reshape(*x.shape[:-1], -1), c.hidden_size, "o_proj"), cache
 
 
 class MLP(_Part):
     @nn.compact
     def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
-        gate = self.dense(self.config.intermediate_size, "gate_proj")(x)
-        up = self.dense(self.config.intermediate_size, "up_proj")(x)
-        return self.dense(x.shape[-1], "down_proj")(_ACTIVATIONS[self.config.activation](gate) * up)
+        gate = self.dense(x, self.config.intermediate_size, "gate_proj")
+        up = self.dense(x, self.config.intermediate_size, "up_proj")
+        return self.dense(_ACTIVATIONS[self.config.activation](gate) * up, x.shape[-1], "down_proj")
 
 
 class Layer(_Part):
@@ -274,7 +281,7 @@ class Backbone(_Part):
 
         layer = Layer
         if self.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+            policy = jax.checkpoint_policies.save_only_these_names(*SAVED) if self.remat == "dots" else None
             layer = nn.remat(Layer, policy=policy, prevent_cse=False)
         layers = nn.scan(
             layer,
@@ -319,9 +326,11 @@ class Decoder(nn.Module):
         config: the architecture.
         dtype: of activations and matrix products; norms, softmax and rotary angles are in float32 whatever it is.
         param_dtype: of the parameters that `init` makes.
-        remat: what the backward pass computes again: "none", "dots" (all but matrix products), "full" (each layer).
+        remat: what the backward pass computes again: "none", "dots" (norms, activations and what is
+            inside adapters; not linear layers, nor attention), "full" (each layer).
         unroll: layers a step of the scan; more compiles longer and may run faster.
-        dot_general: the product of every linear layer, called like `jax.lax.dot_general`, which it is by default.
+        dot_general: the product of every linear layer, called like `jax.lax.dot_general`; by default
+            `jaxmethods.kernels.linear.dot_general`.
     """
 
     config: DecoderConfig

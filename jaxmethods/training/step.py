@@ -65,20 +65,20 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumu
             grads, (loss, metrics) = _accumulated(
                 lambda part, key: differentiate(state.trained, frozen, part, key), batch, key, accumulate
             )
-        weight = jnp.where(loss.weight == 0, 1.0, loss.weight)
-        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        # A product, not a quotient: cheap enough for the compiler to repeat it in each reader of the gradients.
+        share = 1.0 / jnp.where(loss.weight == 0, 1.0, loss.weight)
+        grads = jax.tree.map(lambda g: g * share.astype(g.dtype), grads)
         norm = global_norm(grads)
         finite = jnp.isfinite(loss.total) & jnp.isfinite(norm)
 
-        updates, opt = tx.update(grads, state.opt, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
-        keep = lambda new, old: jnp.where(finite, new, old)
-        new = State(
-            state.step + 1,
-            jax.tree.map(keep, trained, state.trained),
-            jax.tree.map(keep, opt, state.opt),
-            state.key,
-        )
+        def update(grads: Tree, opt: Any, trained: Tree) -> tuple[Any, Tree]:
+            updates, opt = tx.update(grads, opt, trained)
+            return opt, optax.apply_updates(trained, updates)
+
+        # A branch, not a choice between old and new leaves: the old ones are then free to be overwritten.
+        stay = lambda grads, opt, trained: (opt, trained)
+        opt, trained = jax.lax.cond(finite, update, stay, grads, state.opt, state.trained)
+        new = State(state.step + 1, trained, opt, state.key)
         values = {name: mean.value() for name, mean in metrics.items()}
         return new, {"gradient_norm": norm, "finite": finite} | values
 

@@ -206,19 +206,20 @@ def _backward(
         if d_hidden is not None:
             d_hidden = _put(d_hidden, _at(d_hidden, i) + _to_hidden(settings, d_logits, weights), i)
         if d_weights is not None:
-            d_weights += _einsum("nd,nv->dv", h, d_logits.astype(h.dtype))
+            equation = "nv,nd->vd" if settings.transposed else "nd,nv->dv"
+            operands = (d_logits.astype(h.dtype), h)
+            d_weights += _einsum(equation, *(operands if settings.transposed else operands[::-1]))
         return d_hidden, d_weights
 
     def vocabulary(start: Any, weights: Array, state: Any) -> Any:
         d_hidden, d_unembedding = state
         d_weights = None
         if needs.unembedding:
-            shape = (hidden.shape[1], weights.shape[settings.axis])
-            d_weights = vary(jnp.zeros(shape, jnp.float32), varying_axes(weights))
+            d_weights = vary(jnp.zeros(weights.shape, jnp.float32), varying_axes(weights))
         step_here = functools.partial(step, start, weights)
         d_hidden, d_weights = _over_tokens(blocks, step_here, (d_hidden, d_weights))
         if d_weights is not None:
-            d_weights = (d_weights.T if settings.transposed else d_weights).astype(unembedding.dtype)
+            d_weights = d_weights.astype(unembedding.dtype)
             d_unembedding = jax.lax.dynamic_update_slice_in_dim(d_unembedding, d_weights, start, settings.axis)
         return d_hidden, d_unembedding
 

@@ -124,7 +124,7 @@ def test_the_same_under_remat_and_unrolled(adapter):
         return jax.jit(jax.value_and_grad(total))(trained)
 
     plain = gradient(adapted)
-    for changes in ({"remat": "full"}, {"unroll": 3}):
+    for changes in ({"remat": "full"}, {"remat": "dots"}, {"unroll": 3}):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradient(adapted.clone(**changes)), plain
         )

@@ -1,9 +1,12 @@
 """Runs as a user starts, kills and resumes them: real processes on real files."""
 
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -169,3 +172,21 @@ def test_a_full_run_exports_a_model_that_opens_again(shop, command, tmp_path):
     ours = command("generate", tmp_path / "full", "--prompt", "the cat", "--max-new-tokens", "5")
     theirs = command("generate", tmp_path / "hf", "--prompt", "the cat", "--max-new-tokens", "5")
     assert ours.stdout == theirs.stdout and theirs.returncode == 0, theirs.stderr
+
+
+def test_tensorboard_a_profile_and_the_share_of_a_known_peak(shop, tmp_path):
+    workdir = tmp_path / "watched"
+    line = ["train", str(shop / "recipe.py"), "--workdir", str(workdir), "--steps", "4", "--tensorboard", "True"]
+    code = f"""
+from jaxmethods.launch import cli, cost
+cost._PEAKS = (("cpu", 1e9), *cost._PEAKS)
+cli.main({[*line, "--profile", "2", "3"]!r})
+"""
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = rows(workdir)
+    flops = {row["mfu"] * row["step_seconds"] * 1e9 for row in found}
+    assert max(flops) == pytest.approx(min(flops)) and min(flops) > 1e6
+    assert "% of peak" in done.stdout
+    assert list(workdir.glob("tensorboard/events*")) and list(workdir.glob("profile/**/*.xplane.pb"))
