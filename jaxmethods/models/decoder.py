@@ -326,8 +326,8 @@ class Decoder(nn.Module):
         config: the architecture.
         dtype: of activations and matrix products; norms, softmax and rotary angles are in float32 whatever it is.
         param_dtype: of the parameters that `init` makes.
-        remat: what the backward pass computes again: "none", "dots" (norms, activations and what is
-            inside adapters; not linear layers, nor attention), "full" (each layer).
+        remat: what the backward pass computes again: "none", "dots" (norms, activations, and what is
+            inside adapters), "full" (each layer).
         unroll: layers a step of the scan; more compiles longer and may run faster.
         dot_general: the product of every linear layer, called like `jax.lax.dot_general`; by default
             `jaxmethods.kernels.linear.dot_general`.

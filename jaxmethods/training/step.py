@@ -65,9 +65,8 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumu
             grads, (loss, metrics) = _accumulated(
                 lambda part, key: differentiate(state.trained, frozen, part, key), batch, key, accumulate
             )
-        # A product, not a quotient: cheap enough for the compiler to repeat it in each reader of the gradients.
-        share = 1.0 / jnp.where(loss.weight == 0, 1.0, loss.weight)
-        grads = jax.tree.map(lambda g: g * share.astype(g.dtype), grads)
+        weight = jnp.where(loss.weight == 0, 1.0, loss.weight)
+        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
         norm = global_norm(grads)
         finite = jnp.isfinite(loss.total) & jnp.isfinite(norm)
 
