@@ -17,7 +17,7 @@ def config() -> Run:
         model="meta-llama/Meta-Llama-3-8B-Instruct",
         data=Data(train="data/train.jsonl", sequence_length=4096),
         workdir="runs/llama3_8b_smore",
-        # The shape that the paper counts as 104 M trained parameters: 4-4, ranks 4 and 8 (methods: Table of LLaMA-3-8B runs).
+        # The shape that the paper counts as 104 M trained parameters: 4-4, ranks 4 and 8 (its table of LLaMA-3-8B runs).
         adapters={
             "mlp/(gate|up|down)_proj": SMoRE(experts=(4, 4), fanout=(2, 2), ranks=(4, 8), router_dim=24, gate_dim=32)
         },

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(0)
     except KeyboardInterrupt:
         _fail("interrupted; what was saved before is kept.", 130)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, FileNotFoundError, ConnectionError, ImportError) as error:
         if os.environ.get("JAXMETHODS_TRACEBACK"):
             raise
         _fail(" ".join(str(error).split()), 2)

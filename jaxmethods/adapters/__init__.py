@@ -6,6 +6,7 @@ from jaxmethods.adapters import smore
 from jaxmethods.adapters.attach import attach, detach, init, is_adapter, layers, merge, partition
 from jaxmethods.adapters.base import Adapter, Call, Result
 from jaxmethods.adapters.lora import LoRA
+from jaxmethods.adapters.s2ft import S2FT
 from jaxmethods.adapters.smore import SMoRE
 
 RULES = (
@@ -16,6 +17,6 @@ RULES = (
 """Where adapter leaves lie."""
 
 __all__ = [
-    "RULES", "Adapter", "Call", "LoRA", "Result", "SMoRE", "attach", "detach", "init", "is_adapter", "layers", "merge",
+    "RULES", "S2FT", "Adapter", "Call", "LoRA", "Result", "SMoRE", "attach", "detach", "init", "is_adapter", "layers", "merge",
     "partition", "smore",
 ]  # fmt: skip

@@ -16,10 +16,11 @@ _LLAMA3: Any = dict(
     num_kv_heads=8, bos_id=128_000, eos_ids=(128_001, 128_009),
 )  # fmt: skip
 
+_8B: Any = dict(hidden_size=4096, intermediate_size=14_336, num_layers=32, num_heads=32)
+
 KNOWN: dict[str, DecoderConfig] = {
-    "meta-llama/Meta-Llama-3-8B-Instruct": DecoderConfig(
-        **_LLAMA3, hidden_size=4096, intermediate_size=14_336, num_layers=32, num_heads=32
-    ),
+    "meta-llama/Meta-Llama-3-8B": DecoderConfig(**_LLAMA3 | {"eos_ids": (128_001,)}, **_8B),
+    "meta-llama/Meta-Llama-3-8B-Instruct": DecoderConfig(**_LLAMA3, **_8B),
     "meta-llama/Meta-Llama-3-70B-Instruct": DecoderConfig(
         **_LLAMA3, hidden_size=8192, intermediate_size=28_672, num_layers=80, num_heads=64
     ),

@@ -48,6 +48,7 @@ def test_a_wrong_recipe(refused, shop, tmp_path, old, new, says):
 @pytest.mark.slow
 def test_wrong_commands_files_and_flags(refused, shop, tmp_path, command):
     assert "did you mean 'train'" in refused("trian", "x.py")
+    assert "the hub does not answer" in refused("generate", "some-org/some-model", "--prompt", "hello")
     assert f"did you mean {shop / 'recipe.py'}" in refused("train", shop / "recip.py")
     unknown = refused("train", shop / "recipe.py", "--optimizer.learning-rte", "1", "--workdir", tmp_path / "run")
     assert "--optimizer.learning-rate" in unknown
