@@ -3,8 +3,8 @@
     jaxmethods plan  configs/llama3_8b_s2ft.py
     jaxmethods train configs/llama3_8b_s2ft.py --data gs://BUCKET/train.jsonl --workdir gs://BUCKET/runs/llama3_8b_s2ft
 
-56 M trained parameters (0.70%). https://arxiv.org/abs/2412.06289, appendix: three epochs of batches of 64; `steps` here are those of
-Math10K. The hub asks you to accept Meta's licence before it gives the weights; `--model FOLDER` takes a local copy.
+56 M trained parameters (0.70%). https://arxiv.org/abs/2412.06289, appendix: three epochs of batches of 64; `steps` here are
+those of Math10K. The hub asks you to accept Meta's licence before it gives the weights; `--model FOLDER` takes a local copy.
 """
 
 from jaxmethods.adapters import S2FT
