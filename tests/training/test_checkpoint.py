@@ -10,7 +10,9 @@ from jaxmethods.training import Checkpoints
 # When a load fails Orbax leaves things of its own behind: a coroutine, and reads that end after their event loop. They
 # are noticed when they are collected, in whichever test that is.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine .* was never awaited:RuntimeWarning"
+    "ignore:.*_get_array_metadatas:pytest.PytestUnraisableExceptionWarning",
+    "ignore:(?s).*Event loop is closed:pytest.PytestUnraisableExceptionWarning",
+    "ignore:coroutine .* was never awaited:RuntimeWarning",
 )
 
 
