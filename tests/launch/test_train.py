@@ -66,6 +66,7 @@ def test_the_same_command_again_has_nothing_to_do(whole, shop, command):
     assert (whole[0] / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_it_is_the_same_run_to_the_bit(whole, shop, command, tmp_path):
     """SIGKILL twice: after a checkpoint with steps behind it, and while the resumed run is under way."""
     workdir = tmp_path / "killed"
@@ -81,6 +82,7 @@ def test_killed_at_any_moment_and_resumed_it_is_the_same_run_to_the_bit(whole, s
     assert losses(workdir) == losses(whole[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_goes_on(whole, shop, command, tmp_path, number):
     workdir = tmp_path / "stopped"
@@ -97,6 +99,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(whole, shop, command, tmp_p
     assert losses(workdir) == losses(whole[0])
 
 
+@pytest.mark.slow
 def test_eight_devices_resume_what_one_began(whole, shop, command, tmp_path):
     workdir = tmp_path / "moved"
     shutil.copytree(whole[0], workdir)
@@ -110,6 +113,7 @@ def test_eight_devices_resume_what_one_began(whole, shop, command, tmp_path):
         assert values[0] == pytest.approx(losses(whole[0])[step][0], rel=1e-5), step
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, shop, command, tmp_path):
     workdir = tmp_path / "damaged"
     shutil.copytree(whole[0], workdir)
@@ -129,6 +133,7 @@ def test_a_work_folder_of_another_config_is_refused_naming_the_fields(whole, sho
     assert sorted(p.name for p in whole[0].iterdir()) == before
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_naming_the_step(shop, command, tmp_path):
     options = ("--optimizer.learning-rate", "1e30", "--optimizer.clip-norm", "None", "--optimizer.warmup", "0")
     done = command("train", shop / "recipe.py", "--workdir", tmp_path / "a", *options)
@@ -140,6 +145,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_the_step(shop, command, 
     assert len(rows(tmp_path / "b")) == 12
 
 
+@pytest.mark.slow
 def test_the_model_answers_evaluates_and_exports(whole, shop, command, tmp_path):
     workdir = whole[0]
     said = [
@@ -161,6 +167,7 @@ def test_the_model_answers_evaluates_and_exports(whole, shop, command, tmp_path)
     assert {p.name for p in (tmp_path / "adapter").iterdir()} == {"adapter.safetensors", "adapter.json"}
 
 
+@pytest.mark.slow
 def test_a_full_run_exports_a_model_that_opens_again(shop, command, tmp_path):
     recipe = tmp_path / "full.py"
     recipe.write_text(re.sub(r" +adapters=\{.*?\n +\},\n", "", (shop / "recipe.py").read_text(), flags=re.DOTALL))
@@ -174,6 +181,7 @@ def test_a_full_run_exports_a_model_that_opens_again(shop, command, tmp_path):
     assert ours.stdout == theirs.stdout and theirs.returncode == 0, theirs.stderr
 
 
+@pytest.mark.slow
 def test_tensorboard_a_profile_and_the_share_of_a_known_peak(shop, tmp_path):
     workdir = tmp_path / "watched"
     line = ["train", str(shop / "recipe.py"), "--workdir", str(workdir), "--steps", "4", "--tensorboard", "True"]

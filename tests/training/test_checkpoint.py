@@ -7,14 +7,6 @@ import pytest
 from jaxmethods import sharding, training
 from jaxmethods.training import Checkpoints
 
-# When a load fails Orbax leaves things of its own behind: a coroutine, and reads that end after their event loop. They
-# are noticed when they are collected, in whichever test that is.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*_get_array_metadatas:pytest.PytestUnraisableExceptionWarning",
-    "ignore:(?s).*Event loop is closed:pytest.PytestUnraisableExceptionWarning",
-    "ignore:coroutine .* was never awaited:RuntimeWarning",
-)
-
 
 def a_state(step, mesh=None, scale=1.0):
     spec = sharding.P("fsdp") if mesh else None
