@@ -18,7 +18,7 @@ def config() -> Run:
         model="meta-llama/Meta-Llama-3-8B",
         data=Data(train="data/train.jsonl", sequence_length=2048),
         workdir="runs/llama3_8b_s2ft",
-        adapters={"mlp/down_proj": S2FT(side="in", share=0.03)},
+        adapters={"mlp/down_proj": S2FT(side="in", fraction=0.03)},
         optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup=100, b2=0.95),
         steps=469,
         batch_size=64,

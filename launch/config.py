@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxmethods import tree
-from jaxmethods.adapters import S2FT, LoRA, SMoRE
+from jaxmethods.adapters import S2FT, DoRA, LoRA, SMoRE
 from jaxmethods.data import Data
 from jaxmethods.objectives import Supervised
 from jaxmethods.training import Optimizer
 
-AnyAdapter = LoRA | SMoRE | S2FT
+AnyAdapter = LoRA | DoRA | SMoRE | S2FT
 AnyObjective = Supervised
 
 

@@ -2,21 +2,31 @@
 
 from jax.sharding import PartitionSpec as P
 
-from jaxmethods.adapters import smore
-from jaxmethods.adapters.attach import attach, detach, init, is_adapter, layers, merge, partition
+from jaxmethods.adapters import s2ft, smore
+from jaxmethods.adapters.attach import (
+    adapted_layers,
+    attach,
+    detach,
+    init,
+    is_adapter,
+    layers,
+    leaves_of,
+    merge,
+    partition,
+)
 from jaxmethods.adapters.base import Adapter, Call, Result
-from jaxmethods.adapters.lora import LoRA
+from jaxmethods.adapters.lora import DoRA, LoRA
 from jaxmethods.adapters.s2ft import S2FT
 from jaxmethods.adapters.smore import SMoRE
 
 RULES = (
-    (r"adapter/lora/a$", P("fsdp", None)),
-    (r"adapter/lora/b$", P(None, "tensor")),
+    (r"adapter/(lora|dora)/a$", P("fsdp", None)),
+    (r"adapter/(lora|dora)/b$", P(None, "tensor")),
     (r"/adapter/", P()),
 )
 """Where adapter leaves lie."""
 
 __all__ = [
-    "RULES", "S2FT", "Adapter", "Call", "LoRA", "Result", "SMoRE", "attach", "detach", "init", "is_adapter", "layers", "merge",
-    "partition", "smore",
+    "RULES", "S2FT", "Adapter", "Call", "DoRA", "LoRA", "Result", "SMoRE", "adapted_layers", "attach", "detach", "init",
+    "is_adapter", "layers", "leaves_of", "merge", "partition", "s2ft", "smore",
 ]  # fmt: skip

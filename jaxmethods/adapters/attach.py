@@ -55,7 +55,7 @@ def attach(module: nn.Module, adapters: Mapping[str, AnyAdapter]) -> Any:
             `model/layers/mlp/up_proj`. A layer may have several adapters of different kinds; they act in this order.
     """
     base: Any = type(module)
-    pairs = tuple(adapters.items())
+    pairs = tuple((pattern, _settled(adapter, module)) for pattern, adapter in adapters.items())
     if isinstance(module, _Adapted):
         base, pairs = base.base_class, (*module.adapters, *pairs)
     if not pairs:
@@ -73,28 +73,38 @@ def detach(adapted: Any, params: Tree) -> tuple[nn.Module, Tree]:
 def init(adapted: Any, base_params: Tree, key: Key[Array, ""], *, scores: Tree | None = None) -> Tree:
     """The base parameters with fresh adapter leaves beside the kernels; outputs are those of the base model.
 
-    Only kernels' shapes are read; nothing is run. Layers draw from `key` by their path, so that the leaves of one
-    layer depend on no other. Works on a tree of ShapeDtypeStructs under `jax.eval_shape`.
+    No forward pass is run. Layers draw from `key` by their path, so that the leaves of one layer depend on no other.
+    Kernels may be ShapeDtypeStructs under `jax.eval_shape`, unless an adapter starts from their values (DoRA): then give
+    `base_params` as an argument of the evaluated function.
 
     Args:
-        scores: for adapters that choose parts of a layer by data; none does yet.
+        scores: for adapters that choose parts of a layer by data: what `s2ft.calibrate` gives, an array at
+            LAYER/adapter/KIND.
 
     Raises:
-        ValueError: a regex that matches no linear layer, or two adapters of one kind on a layer.
+        ValueError: a regex that matches no linear layer, two adapters of one kind on a layer, scores of no adapter.
     """
     _require_adapted(adapted)
-    if scores is not None:
-        raise ValueError("init: none of these adapters reads `scores`; leave it out.")
-    flat = tree.flatten(base_params)
+    flat, known = tree.flatten(base_params), tree.flatten(scores or {})
     fresh: dict[str, Any] = {}
     for layer, adapter in _matches(adapted, base_params):
-        *stack, d_in, d_out = flat[f"{layer}/kernel"].shape
+        kernel = flat[f"{layer}/kernel"]
+        *stack, d_in, d_out = kernel.shape
         path = f"{layer}{_IN_TREE}{adapter.kind}"
-        start = functools.partial(adapter.init, d_in=d_in, d_out=d_out)
-        for size in reversed(stack):
-            start = functools.partial(_stacked, start, size)
-        leaves = start(jax.random.fold_in(key, _hash(path)))
+        given = {
+            "kernel": None if isinstance(kernel, jax.ShapeDtypeStruct) else kernel,
+            "scores": known.pop(path, None),
+        }
+        start, drawn = functools.partial(adapter.init, d_in=d_in, d_out=d_out), jax.random.fold_in(key, _hash(path))
+        if stack and getattr(adapter, "across_layers", False):
+            leaves = adapter.init_stack(drawn, *stack, d_in=d_in, d_out=d_out)
+        else:
+            for size in stack:
+                start = functools.partial(_stacked, start, size)
+            leaves = start(drawn, **given)
         fresh |= {f"{path}/{name}": leaf for name, leaf in tree.flatten(leaves).items()}
+    if known:
+        raise ValueError(f"scores for {next(iter(known))!r} belong to no attached adapter.")
     return tree.unflatten(flat | fresh)
 
 
@@ -116,16 +126,28 @@ def merge(adapted: Any, params: Tree) -> tuple[nn.Module, Tree]:
         ValueError: an adapter that depends on the token, and so has no equal kernel.
     """
     flat = tree.flatten(params)
-    for layer, adapter in _matches(adapted, params):
-        leaves = tree.unflatten(
-            {p.removeprefix(f"{layer}{_IN_TREE}{adapter.kind}/"): x for p, x in flat.items()
-             if p.startswith(f"{layer}{_IN_TREE}{adapter.kind}/")}
-        )  # fmt: skip
+    for layer, adapter in adapted_layers(adapted, params):
         fuse = adapter.merge
         for _ in flat[f"{layer}/kernel"].shape[2:]:
             fuse = jax.vmap(fuse)
-        flat[f"{layer}/kernel"] = fuse(leaves, flat[f"{layer}/kernel"])
+        flat[f"{layer}/kernel"] = fuse(leaves_of(flat, layer, adapter), flat[f"{layer}/kernel"])
     return detach(adapted, tree.unflatten(flat))
+
+
+def adapted_layers(adapted: Any, params: Tree) -> list[tuple[str, AnyAdapter]]:
+    """Each (path of a layer, adapter), in the order in which adapters act.
+
+    Raises:
+        ValueError: a regex that matches no linear layer, or two adapters of one kind on a layer.
+    """
+    _require_adapted(adapted)
+    return list(_matches(adapted, params))
+
+
+def leaves_of(flat: Mapping[str, Any], layer: str, adapter: AnyAdapter) -> Tree:
+    """The adapter's leaves in a layer, from flattened parameters."""
+    prefix = f"{layer}{_IN_TREE}{adapter.kind}/"
+    return tree.unflatten({path.removeprefix(prefix): x for path, x in flat.items() if path.startswith(prefix)})
 
 
 def is_adapter(path: str) -> bool:
@@ -165,8 +187,14 @@ def _matches(adapted: Any, params: Tree) -> Iterator[tuple[str, AnyAdapter]]:
             yield name, adapter
 
 
-def _stacked(start: Callable[[Array], Tree], size: int, key: Key[Array, ""]) -> Tree:
-    return jax.vmap(start)(jax.random.split(key, size))
+def _stacked(start: Callable[..., Tree], size: int, key: Key[Array, ""], **given: Any) -> Tree:
+    return jax.vmap(lambda key, given: start(key, **given))(jax.random.split(key, size), given)
+
+
+def _settled(adapter: AnyAdapter, module: Any) -> AnyAdapter:
+    """The adapter with what it takes from the module's configuration, such as the width of a head."""
+    settle = getattr(adapter, "for_module", None)
+    return adapter if settle is None else settle(module)
 
 
 def _hash(path: str) -> int:
@@ -250,7 +278,8 @@ def _interceptor(root: Any, mask: Any) -> Callable[..., Any]:
                 "auxiliary loss needs one mask entry for each token."
             )
         leaves = _Leaves(matching, reports, draws, parent=layer, name="adapter")
-        return leaves(x, y, layer.get_variable("params", "kernel"), mask)
+        own: Any = lambda name: layer.get_variable("params", name)
+        return leaves(x, y, own("kernel"), own("bias") if layer.use_bias else None, mask)
 
     return intercept
 
@@ -263,12 +292,18 @@ class _Leaves(nn.Module):
     draws: bool
 
     @nn.compact
-    def __call__(self, x: Any, y: Any, kernel: Any, mask: Any) -> Any:
+    def __call__(self, x: Any, y: Any, kernel: Any, bias: Any, mask: Any) -> Any:
         for adapter in self.adapters:
-            start = functools.partial(adapter.init, d_in=x.shape[-1], d_out=y.shape[-1])
-            leaves = self.param(adapter.kind, start)
             if self.is_initializing():
+                start = functools.partial(adapter.init, d_in=x.shape[-1], d_out=y.shape[-1], kernel=kernel)
+                self.param(adapter.kind, start)
                 continue
+            leaves: Any = self.get_variable("params", adapter.kind)
+            if leaves is None:
+                layer = "/".join(self.path[:-1])
+                raise ValueError(
+                    f"layer {layer!r} has no leaves for its {adapter.kind!r} adapter; give what adapters.init returned."
+                )
             key = None
             if self.draws and adapter.needs_key:
                 if not self.has_rng("dropout"):
@@ -276,7 +311,7 @@ class _Leaves(nn.Module):
                         _FOREIGN_SCAN.format(adapter.kind, "draws random numbers", "split_rngs={'dropout': True}")
                     )
                 key = self.make_rng("dropout")
-            y, loss = adapter.apply(leaves, Call(x, y, kernel, mask, key))
+            y, loss = adapter.apply(leaves, Call(x, y, kernel, mask, key, bias))
             if loss is not None and self.reports:
                 if not self.is_mutable_collection("losses"):
                     raise ValueError(

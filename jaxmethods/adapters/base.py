@@ -23,6 +23,8 @@ class Call(NamedTuple):
     """True at real tokens; None where all are."""
     key: Key[Array, ""] | None
     """Given while training: for dropout and router noise."""
+    bias: Float[Array, " d_out"] | None = None
+    """The layer's own, which y holds."""
 
 
 class Result(NamedTuple):
@@ -49,8 +51,21 @@ class Adapter(Protocol):
         """Whether `apply` returns an auxiliary loss."""
         ...
 
-    def init(self, key: Key[Array, ""], d_in: int, d_out: int) -> Tree:
-        """Leaves for one layer; with them the layer's output is unchanged."""
+    def init(
+        self,
+        key: Key[Array, ""],
+        d_in: int,
+        d_out: int,
+        *,
+        kernel: Float[Array, "d_in d_out"] | None = None,
+        scores: Any = None,
+    ) -> Tree:
+        """Leaves for one layer; with them the layer's output is unchanged.
+
+        Args:
+            kernel: of the layer; only shape and dtype can be relied on unless `reads_kernel` is true.
+            scores: what `adapters.init` was given for this layer.
+        """
         ...
 
     def apply(self, leaves: Tree, call: Call) -> Result:

@@ -1,4 +1,5 @@
-"""LoRA: a low-rank term beside a frozen linear map, https://arxiv.org/abs/2106.09685."""
+"""LoRA, a low-rank term beside a frozen linear map (https://arxiv.org/abs/2106.09685), and DoRA, which learns the
+directions of the kernel's columns with it and their lengths apart (https://arxiv.org/abs/2402.09353)."""
 
 from __future__ import annotations
 
@@ -37,10 +38,11 @@ class LoRA:
     has_loss: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        name = type(self).__name__
         if self.rank < 1:
-            raise ValueError(f"LoRA rank={self.rank} must be at least 1.")
+            raise ValueError(f"{name} rank={self.rank} must be at least 1.")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRA dropout={self.dropout} must lie in [0, 1).")
+            raise ValueError(f"{name} dropout={self.dropout} must lie in [0, 1).")
 
     @property
     def needs_key(self) -> bool:
@@ -51,23 +53,81 @@ class LoRA:
         alpha = 2.0 * self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def init(self, key: Key[Array, ""], d_in: int, d_out: int) -> dict[str, Array]:
+    def init(self, key: Key[Array, ""], d_in: int, d_out: int, *, kernel: Any = None, scores: Any = None) -> Tree:
+        """Leaves `a` and `b`, float32.
+
+        Raises:
+            ValueError: a rank beyond the layer's width.
+        """
+        if self.rank > min(d_in, d_out):
+            raise ValueError(
+                f"{type(self).__name__} rank={self.rank} is over the width of a layer of {d_in} x {d_out}; lower it, or "
+                "name layers of other sizes in a regex of their own."
+            )
         bound = d_in**-0.5
         a = jax.random.uniform(key, (d_in, self.rank), jnp.float32, -bound, bound)
         return {"a": a, "b": jnp.zeros((self.rank, d_out), jnp.float32)}
 
     def apply(self, leaves: Tree, call: Call) -> Result:
+        return Result(call.y + self.delta(leaves, call).astype(call.y.dtype))
+
+    def delta(self, leaves: Tree, call: Call) -> Float[Array, "*batch d_out"]:
+        """scale * dropout(x) a b, in x's dtype."""
         x, key = call.x, call.key
         if key is not None and self.dropout:
             keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), 0)
-        return Result(call.y + delta(leaves, x, self.scale).astype(call.y.dtype))
+        return linear(linear(x, leaves["a"].astype(x.dtype)) * self.scale, leaves["b"].astype(x.dtype))
 
     def merge(self, leaves: Tree, kernel: Float[Array, "d_in d_out"]) -> Float[Array, "d_in d_out"]:
+        return self._changed(leaves, kernel).astype(kernel.dtype)
+
+    def _changed(self, leaves: Tree, kernel: Array) -> Array:
         change = self.scale * (leaves["a"].astype(jnp.float32) @ leaves["b"].astype(jnp.float32))
-        return (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
+        return kernel.astype(jnp.float32) + change
 
 
-def delta(leaves: dict[str, Any], x: Float[Array, "*batch d_in"], scale: float) -> Float[Array, "*batch d_out"]:
-    """scale * x a b, in x's dtype."""
-    return linear(linear(x, leaves["a"].astype(x.dtype)) * scale, leaves["b"].astype(x.dtype))
+@dataclasses.dataclass(frozen=True)
+class DoRA(LoRA):
+    """x (magnitude * V / |V|) with V = kernel + scale * a b and |V| the length of each column (eq. 5).
+
+    `magnitude` [d_out] starts at the kernel's own lengths. |V| is taken as a constant in the gradient (section 4.3), and
+    found without forming V. Dropout acts on the low-rank term alone.
+    """
+
+    kind: ClassVar[str] = "dora"
+
+    def init(self, key: Key[Array, ""], d_in: int, d_out: int, *, kernel: Any = None, scores: Any = None) -> Tree:
+        """Leaves `a`, `b` and `magnitude`, float32.
+
+        Raises:
+            ValueError: a rank beyond the layer's width, or no kernel.
+        """
+        if kernel is None:
+            raise ValueError("DoRA starts from the kernel's values; give adapters.init arrays, not shapes.")
+        leaves = super().init(key, d_in, d_out)
+        return leaves | {"magnitude": jnp.sqrt(_squares(kernel.astype(jnp.float32)))}
+
+    def apply(self, leaves: Tree, call: Call) -> Result:
+        fixed = jax.lax.stop_gradient({"a": leaves["a"], "b": leaves["b"]})
+        gain = leaves["magnitude"] / self._lengths(fixed, call.kernel)
+        bias = 0.0 if call.bias is None else call.bias.astype(jnp.float32)
+        plain = call.y.astype(jnp.float32) - bias  # x @ kernel
+        return Result((gain * (plain + self.delta(leaves, call)) + bias).astype(call.y.dtype))
+
+    def merge(self, leaves: Tree, kernel: Float[Array, "d_in d_out"]) -> Float[Array, "d_in d_out"]:
+        changed = self._changed(leaves, kernel)
+        return (changed * (leaves["magnitude"] / jnp.sqrt(_squares(changed)))).astype(kernel.dtype)
+
+    def _lengths(self, leaves: Tree, kernel: Array) -> Float[Array, " d_out"]:
+        """|kernel + scale a b| of each column: |K|^2 + 2 scale (a'K) . b + scale^2 b . (a'a) b."""
+        a, b, kernel = leaves["a"], leaves["b"], kernel.astype(jnp.float32)
+        exact = jax.lax.Precision.HIGHEST
+        cross = jnp.einsum("ir,io->ro", a, kernel, precision=exact)
+        square = jnp.einsum("ir,is,so->ro", a, a, b, precision=exact)
+        beyond = self.scale * jnp.sum(b * (2 * cross + self.scale * square), axis=0)
+        return jnp.sqrt(jnp.maximum(_squares(kernel) + beyond, jnp.finfo(jnp.float32).tiny))
+
+
+def _squares(kernel: Array) -> Float[Array, " d_out"]:
+    return jnp.sum(kernel * kernel, axis=0)

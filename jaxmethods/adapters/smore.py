@@ -191,7 +191,7 @@ class SMoRE:
         """Whether training draws random numbers."""
         return self.gate == "noisy_topk"
 
-    def init(self, key: Key[Array, ""], d_in: int, d_out: int) -> Params:
+    def init(self, key: Key[Array, ""], d_in: int, d_out: int, *, kernel: Any = None, scores: Any = None) -> Params:
         """`init` in float32."""
         return init(key, d_in, d_out, self)
 
