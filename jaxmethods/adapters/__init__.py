@@ -17,6 +17,7 @@ from jaxmethods.adapters.attach import (
 from jaxmethods.adapters.base import Adapter, Call, Result
 from jaxmethods.adapters.lora import DoRA, LoRA
 from jaxmethods.adapters.s2ft import S2FT
+from jaxmethods.adapters.serving import bank, for_rows
 from jaxmethods.adapters.smore import SMoRE
 
 RULES = (
@@ -27,6 +28,6 @@ RULES = (
 """Where adapter leaves lie."""
 
 __all__ = [
-    "RULES", "S2FT", "Adapter", "Call", "DoRA", "LoRA", "Result", "SMoRE", "adapted_layers", "attach", "detach", "init",
-    "is_adapter", "layers", "leaves_of", "merge", "partition", "s2ft", "smore",
+    "RULES", "S2FT", "Adapter", "Call", "DoRA", "LoRA", "Result", "SMoRE", "adapted_layers", "attach", "bank", "detach",
+    "for_rows", "init", "is_adapter", "layers", "leaves_of", "merge", "partition", "s2ft", "smore",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmethods import tree
-from jaxmethods.adapters import attach as attaching
+from jaxmethods.adapters.attach import attach, detach, init, partition
 from jaxmethods.adapters.base import Call, Result
 from jaxmethods.adapters.s2ft.adapter import S2FT
 from jaxmethods.tree import Tree
@@ -40,9 +40,9 @@ def calibrate(
     chosen = {pattern: probe for pattern, probe in probes if probe is not None}
     if not chosen:
         return {}
-    module = attaching.attach(attaching.detach(adapted, base_params)[0], chosen)
+    module = attach(detach(adapted, base_params)[0], chosen)
     total = loss_fn(module)
-    zeros = attaching.partition(attaching.init(module, base_params, jax.random.key(0)))[0]
+    zeros = partition(init(module, base_params, jax.random.key(0)))[0]
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add(sums: Tree, base_params: Tree, batch: Any) -> Tree:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmethods import tree
-from jaxmethods.adapters import attach as attaching
+from jaxmethods.adapters.attach import adapted_layers
 from jaxmethods.tree import Tree
 
 
@@ -59,7 +59,7 @@ def permute(adapted: Any, params: Tree, coupled: tuple[Coupled, ...] = COUPLED, 
     """
     head_dim = head_dim or getattr(getattr(adapted, "config", None), "head_dim", None)
     flat = dict(tree.flatten(params))
-    todo = {layer: a for layer, a in attaching.adapted_layers(adapted, params) if f"{layer}{_S2FT}indices" in flat}
+    todo = {layer: a for layer, a in adapted_layers(adapted, params) if f"{layer}{_S2FT}indices" in flat}
     for layers, group in _groups(flat, coupled):
         trained = {layer: np.asarray(flat[f"{layer}{_S2FT}indices"]) for layer in layers if layer in todo}
         if not trained:

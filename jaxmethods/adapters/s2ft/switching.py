@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmethods import tree
-from jaxmethods.adapters import attach as attaching
+from jaxmethods.adapters.attach import adapted_layers, detach, leaves_of
 from jaxmethods.adapters.s2ft.adapter import S2FT
 from jaxmethods.adapters.s2ft.permutation import unpermute
 from jaxmethods.tree import Tree
@@ -48,16 +48,16 @@ def decouple(adapted: Any, params: Tree) -> tuple[Tree, Changes]:
     """
     params = unpermute(params)
     flat, changes = tree.flatten(params), Changes()
-    for layer, adapter in attaching.adapted_layers(adapted, params):
+    for layer, adapter in adapted_layers(adapted, params):
         if not isinstance(adapter, S2FT):
             raise ValueError(f"layer {layer!r} has a {adapter.kind!r} adapter; decouple takes models with S2FT alone.")
-        leaves = attaching.leaves_of(flat, layer, adapter)
+        leaves = leaves_of(flat, layer, adapter)
         kernel, change = flat[f"{layer}/kernel"], adapter.change
         for _ in kernel.shape[2:]:
             change = jax.vmap(change)
         side = "rows" if adapter.side == "in" else "columns"
         changes[layer] = Change(leaves["indices"], **{side: change(leaves, kernel)})
-    return attaching.detach(adapted, params)[1], changes
+    return detach(adapted, params)[1], changes
 
 
 def fuse(

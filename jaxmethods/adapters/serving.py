@@ -1,0 +1,104 @@
+"""Many adapters in one batch: each row of a batch goes through its own, over one base model.
+
+>>> module, params = adapters.bank(adapted, [params_of_a, params_of_b])     # doctest: +SKIP
+>>> params = adapters.for_rows(params, [0, 1, 1, -1])                       # doctest: +SKIP
+>>> models.logits(module, params, tokens)      # rows 1 and 2 by b, the last by the base model alone   # doctest: +SKIP
+
+`for_rows` is a pure function of arrays: under `jax.jit` the rows may change from call to call without compiling anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from jaxmethods import tree
+from jaxmethods.adapters.attach import adapted_layers, attach, detach, is_adapter
+from jaxmethods.adapters.base import AnyAdapter, Call, Result
+from jaxmethods.tree import Tree
+
+
+def bank(adapted: Any, variants: Sequence[Tree]) -> tuple[Any, Tree]:
+    """A module that holds several adapters for each layer, and its parameters: the base and all adapters' leaves.
+
+    Args:
+        adapted: a module with adapters attached (LoRA, DoRA, S²FT, S'MoRE, ...).
+        variants: its parameters as different runs trained them; of the base those of the first are taken.
+
+    Raises:
+        ValueError: no variant, or one whose leaves differ in name or shape; names the first wrong one.
+    """
+    if not variants:
+        raise ValueError("adapters.bank needs the parameters of at least one adapter.")
+    first = tree.flatten(variants[0])
+    flats = [tree.flatten(variant) for variant in variants]
+    flat = {path: x for path, x in first.items() if not is_adapter(path)}
+    for layer, adapter in adapted_layers(adapted, variants[0]):
+        depth = len(first[f"{layer}/kernel"].shape) - 2
+        for path in [path for path in first if path.startswith(f"{layer}/adapter/{adapter.kind}/")]:
+            for n, other in enumerate(flats):
+                if path not in other or other[path].shape != first[path].shape:
+                    found = f"shape {other[path].shape}" if path in other else "nothing"
+                    raise ValueError(f"variant {n} holds {found} at {path!r}; the first one has {first[path].shape}.")
+            flat[path.replace(f"/{adapter.kind}/", f"/{adapter.kind}/bank/", 1)] = jnp.stack(
+                [other[path] for other in flats], depth
+            )
+    module, _ = detach(adapted, variants[0])
+    return attach(module, {p: Banked(a, len(variants)) for p, a in adapted.adapters}), tree.unflatten(flat)
+
+
+def for_rows(params: Tree, rows: Int[Array | np.ndarray, " batch"] | Sequence[int]) -> Tree:
+    """The parameters of a `bank` set up for a batch: which adapter each row goes through; -1 is none."""
+    rows = jnp.asarray(rows, jnp.int32)
+    flat = dict(tree.flatten(params))
+    banks = {path.split("/bank/")[0]: path for path in flat if is_adapter(path) and "/bank/" in path}
+    if not banks:
+        raise ValueError("adapters.for_rows takes the parameters that adapters.bank made.")
+    for place in banks:
+        stack = flat[f"{place.split('/adapter/')[0]}/kernel"].shape[:-2]
+        flat[f"{place}/rows"] = jnp.broadcast_to(rows, (*stack, *rows.shape))
+    return tree.unflatten(flat)
+
+
+@dataclasses.dataclass(frozen=True)
+class Banked:
+    """`size` adapters alike in one layer, of which each row of a batch uses one."""
+
+    adapter: AnyAdapter
+    size: int
+
+    has_loss: ClassVar[bool] = False
+    needs_key: ClassVar[bool] = False
+
+    @property
+    def kind(self) -> str:
+        return self.adapter.kind
+
+    def init(self, key: Any, d_in: int, d_out: int, *, kernel: Any = None, scores: Any = None) -> Tree:
+        start = lambda key: self.adapter.init(key, d_in, d_out, kernel=kernel, scores=scores)
+        return {"bank": jax.vmap(start)(jax.random.split(key, self.size))}
+
+    def apply(self, leaves: Tree, call: Call) -> Result:
+        if "rows" not in leaves:
+            raise ValueError(
+                "the batch's rows have no adapters yet; give the parameters that adapters.for_rows returns."
+            )
+        rows = leaves["rows"]
+        if rows.shape[0] != call.x.shape[0]:
+            raise ValueError(f"adapters.for_rows was given {rows.shape[0]} rows, and the batch has {call.x.shape[0]}.")
+        own = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0, mode="clip"), leaves["bank"])
+
+        def one(own: Tree, x: Array, y: Array) -> Array:
+            return self.adapter.apply(own, Call(x, y, call.kernel, None, None, call.bias)).y
+
+        y = jax.vmap(one)(own, call.x, call.y)
+        return Result(jnp.where((rows >= 0).reshape(-1, *[1] * (y.ndim - 1)), y, call.y))
+
+    def merge(self, leaves: Tree, kernel: Any) -> Any:
+        raise ValueError("a bank of adapters has no one kernel; merge the adapters one by one.")
