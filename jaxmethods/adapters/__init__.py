@@ -8,14 +8,18 @@ from jaxmethods.adapters.attach import (
     attach,
     detach,
     init,
+    init_shapes,
     is_adapter,
     layers,
     leaves_of,
     merge,
     partition,
+    score_shapes,
 )
 from jaxmethods.adapters.base import Adapter, Call, Result
+from jaxmethods.adapters.files import load, save
 from jaxmethods.adapters.lora import DoRA, LoRA
+from jaxmethods.adapters.peft import load_peft, save_peft
 from jaxmethods.adapters.s2ft import S2FT
 from jaxmethods.adapters.serving import bank, for_rows
 from jaxmethods.adapters.smore import SMoRE
@@ -29,5 +33,6 @@ RULES = (
 
 __all__ = [
     "RULES", "S2FT", "Adapter", "Call", "DoRA", "LoRA", "Result", "SMoRE", "adapted_layers", "attach", "bank", "detach",
-    "for_rows", "init", "is_adapter", "layers", "leaves_of", "merge", "partition", "s2ft", "smore",
+    "for_rows", "init", "init_shapes", "is_adapter", "layers", "leaves_of", "load", "load_peft", "merge", "partition", "s2ft",
+    "save", "save_peft", "score_shapes", "smore",
 ]  # fmt: skip

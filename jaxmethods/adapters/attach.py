@@ -108,6 +108,23 @@ def init(adapted: Any, base_params: Tree, key: Key[Array, ""], *, scores: Tree |
     return tree.unflatten(flat | fresh)
 
 
+def score_shapes(adapted: Any, base_params: Tree) -> Tree:
+    """The shapes of the `scores` that `init` needs: empty where no adapter chooses by data."""
+    flat, shapes = tree.flatten(base_params), {}
+    for layer, adapter in adapted_layers(adapted, base_params):
+        if getattr(adapter, "needs_scores", False):
+            *stack, d_in, d_out = flat[f"{layer}/kernel"].shape
+            width = adapter.scored(d_in, d_out)
+            shapes[f"{layer}{_IN_TREE}{adapter.kind}"] = jax.ShapeDtypeStruct((*stack, width), jnp.float32)
+    return tree.unflatten(shapes)
+
+
+def init_shapes(adapted: Any, base_params: Tree) -> Tree:
+    """The shapes of what `init` returns, from those of the base; nothing is computed."""
+    start = lambda base, key, scores: init(adapted, base, key, scores=scores)
+    return jax.eval_shape(start, base_params, jax.random.key(0), score_shapes(adapted, base_params))
+
+
 def partition(params: Tree, trained: Callable[[str], bool] | None = None) -> tuple[Tree, Tree]:
     """Splits parameters into (trained, frozen); `tree.combine` joins them.
 

@@ -82,6 +82,10 @@ class LoRA:
     def merge(self, leaves: Tree, kernel: Float[Array, "d_in d_out"]) -> Float[Array, "d_in d_out"]:
         return self._changed(leaves, kernel).astype(kernel.dtype)
 
+    def as_lora(self, leaves: Tree, kernel: Float[Array, "d_in d_out"]) -> tuple[Float[Array, "d_in rank"], Float[Array, "rank d_out"]]:
+        """The factors a and b."""
+        return leaves["a"], leaves["b"]
+
     def _changed(self, leaves: Tree, kernel: Array) -> Array:
         change = self.scale * (leaves["a"].astype(jnp.float32) @ leaves["b"].astype(jnp.float32))
         return kernel.astype(jnp.float32) + change

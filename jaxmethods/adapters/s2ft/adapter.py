@@ -91,6 +91,10 @@ class S2FT:
         """Whether `adapters.init` needs the scores of a calibration."""
         return self.selection in ("activation", "product", "gradient")
 
+    def scored(self, d_in: int, d_out: int) -> int:
+        """How many channels the scores of a layer have."""
+        return d_in if self.side == "in" else d_out
+
     def for_module(self, module: Any) -> S2FT:
         """With `head_dim` of the module's config, where it is needed and not given."""
         head_dim = getattr(getattr(module, "config", None), "head_dim", None)
@@ -162,6 +166,14 @@ class S2FT:
         new = (self.own(leaves, kernel).astype(jnp.float32) + self.change(leaves, kernel)).astype(kernel.dtype)
         channels = self.channels(leaves)
         return kernel.at[channels].set(new) if self.side == "in" else kernel.at[:, channels].set(new)
+
+    def as_lora(self, leaves: Tree, kernel: Float[Array, "d_in d_out"]) -> tuple[Float[Array, "d_in s"], Float[Array, "s d_out"]]:
+        """Two factors whose product is the change of the kernel; one of them selects channels (section 4.3)."""
+        if "indices" not in leaves:
+            raise ValueError("S2FT leaves of permuted kernels mean nothing elsewhere; s2ft.unpermute the parameters first.")
+        width = kernel.shape[0 if self.side == "in" else 1]
+        selection, change = jax.nn.one_hot(leaves["indices"], width, dtype=jnp.float32), self.change(leaves, kernel)
+        return (selection.T, change) if self.side == "in" else (change, selection)
 
     def channels(self, leaves: Tree) -> Int[Array, " s"]:
         """Where the trained channels lie in the kernel."""
