@@ -7,7 +7,7 @@ from jaxmethods.adapters.attach import attach, detach, init, is_adapter, layers,
 from jaxmethods.adapters.base import Adapter, Call, Result
 from jaxmethods.adapters.lora import LoRA
 from jaxmethods.adapters.s2ft import S2FT
-from jaxmethods.adapters.smore import SMoRE
+from jaxmethods.adapters.smore import HydraLoRA, MixLoRA, SMoRE
 
 RULES = (
     (r"adapter/lora/a$", P("fsdp", None)),
@@ -17,6 +17,6 @@ RULES = (
 """Where adapter leaves lie."""
 
 __all__ = [
-    "RULES", "S2FT", "Adapter", "Call", "LoRA", "Result", "SMoRE", "attach", "detach", "init", "is_adapter", "layers", "merge",
-    "partition", "smore",
+    "RULES", "S2FT", "Adapter", "Call", "HydraLoRA", "LoRA", "MixLoRA", "Result", "SMoRE", "attach", "detach", "init",
+    "is_adapter", "layers", "merge", "partition", "smore",
 ]  # fmt: skip

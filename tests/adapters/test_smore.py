@@ -13,6 +13,7 @@ import pytest
 
 from jaxmethods import tree
 from jaxmethods.adapters import SMoRE, smore
+from jaxmethods.adapters.smore import aggregation, compression, routing
 
 GOLDEN = sorted((pathlib.Path(__file__).parents[1] / "golden" / "smore").glob("*.npz"))
 SMALL = {"gate_dim": 4, "router_dim": 5}
@@ -73,11 +74,11 @@ def test_the_released_codes_outputs_losses_and_routes(path):
             np.testing.assert_array_equal(indices, expected)
         np.testing.assert_allclose(routes.scores[layer], z[f"route/scores.{layer}"], atol=1e-5)
     if "distinct" in z.files:  # invariant 5 for s = (3, 4), f = (2, 2), routed by x: one token for each of the 54 trees
-        assert distinct(np.asarray(delta)) == int(z["distinct"]) == (36 if spec.activation == "identity" else 54)
+        assert distinct(np.asarray(delta)) == int(z["distinct"]) == (54 if "full_tanh" in path.stem else 36)
 
 
 def test_the_golden_cases_are_all_there():
-    assert len(GOLDEN) == 24
+    assert len(GOLDEN) == 43
 
 
 def test_official_weights_go_there_and_back():
@@ -194,15 +195,36 @@ def test_the_batched_form_equals_a_walk_through_each_tree(gate, shape):
 # The start ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("variant", smore.VARIANTS)
 @pytest.mark.parametrize("initialization", smore.INITIALIZATIONS)
-def test_a_fresh_adapter_gives_exactly_zero(initialization):
-    spec = SMoRE(experts=(2, 3), fanout=(1, 2), ranks=(2, 1), initialization=initialization, **SMALL)
-    params = fresh(jax.random.key(0), 16, 12, spec)
+def test_a_fresh_adapter_gives_exactly_zero_unless_normal(initialization, variant):
+    spec = SMoRE(experts=(3, 3), fanout=(1, 2), ranks=(2, 2), initialization=initialization, variant=variant, **SMALL)
+    params = smore.init(jax.random.key(0), 16, 12, spec)
+    zero = {path for path, leaf in tree.flatten(params).items() if path.endswith("kernel") and not leaf.any()}
+    ups = {f"experts/b/{pool}/kernel" for pool in spec.pools}
+    proj = {"experts/proj/kernel"}
+    assert zero == {"w_final_zero": proj, "eq_1_layer": proj, "b_zero": ups, "bw_zero": ups | {"experts/w/1/kernel"},
+                    "normal": set()}[initialization]  # fmt: skip
     for dtype in (jnp.float32, jnp.bfloat16):
         x, frozen = tokens().astype(dtype), jnp.full((9, 12), 0.1, dtype)
         delta, _ = run(params, x, spec)
         assert delta.dtype == dtype
-        np.testing.assert_array_equal(np.asarray(frozen + delta).view(np.uint8), np.asarray(frozen).view(np.uint8))
+        same = np.asarray(frozen + delta).view(np.uint8) == np.asarray(frozen).view(np.uint8)
+        assert same.all() == (initialization != "normal")
+
+
+@pytest.mark.parametrize(("fields", "learning"), [
+    ({"initialization": "w_final_zero"}, {"proj/kernel"}),
+    ({"initialization": "b_zero"}, {"b/0/kernel", "b/1/kernel"}),
+    ({"initialization": "b_zero", "activation": "relu"}, set()),
+    ({"initialization": "b_zero", "activation": "relu", "variant": "star"}, {"b/1/kernel"}),
+    ({"initialization": "bw_zero"}, {"b/1/kernel"}),
+])  # fmt: skip
+def test_which_kernels_learn_from_the_first_step(fields, learning):
+    """As the fields' documentation says; sigma'(0) of relu is 0."""
+    spec = SMoRE(experts=(3, 4), fanout=(2, 2), ranks=(2, 3), balance_weight=0.0, **(SMALL | fields))
+    grads = tree.flatten(gradient(fresh(jax.random.key(0), 16, 12, spec), tokens(), spec)["experts"])
+    assert {path for path, leaf in grads.items() if path.endswith("kernel") and leaf.any()} == learning
 
 
 def test_the_random_parts_start_within_their_bounds():
@@ -306,12 +328,12 @@ def test_how_many_outputs_all_routings_reach(experts, activation, count):
                 chosen[1][top[slot], slot, 0, n] = 1
                 for child in range(2):
                     chosen[0][lows[slot][child], child, slot, n] = 1
-        return [smore._Choice(jnp.asarray(c), jnp.asarray(c.sum(1)), jnp.float32(0)) for c in chosen]
+        return [routing.Choice(jnp.asarray(c), jnp.asarray(c.sum(1)), jnp.float32(0)) for c in chosen]
 
-    own, token = smore._compress(params, jnp.tile(tokens(1), (len(trees), 1)), spec)
+    own, token = compression.compress(params, jnp.tile(tokens(1), (len(trees), 1)), spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(smore, "_choose", choose)
-        state, _ = smore._grow(params, own, token, None, None, spec=spec)
+        patch.setattr(aggregation, "choose", choose)
+        state, _ = aggregation.grow(params, own, token, None, None, spec=spec)
     assert distinct(np.asarray(state).T) == count
 
 
@@ -423,7 +445,7 @@ def test_the_switch_loss_is_fanout_when_balanced_and_more_when_collapsed():
     """Invariant 11, on the gate itself: gamma * f is the least."""
     balanced = jnp.log(jnp.array([[0.4, 0.4, 0.1, 0.1], [0.1, 0.1, 0.4, 0.4]], jnp.float32)).T[:, None]
     collapsed = jnp.broadcast_to(balanced[..., :1], balanced.shape)
-    loss = jit(lambda logits: smore._switch_gate(logits, 2, None).loss)
+    loss = jit(lambda logits: routing.switch_gate(logits, 2, None).loss)
     assert float(loss(balanced)) == pytest.approx(2.0)
     assert float(loss(collapsed)) == pytest.approx(4 * 2 * 0.4)
 
@@ -439,7 +461,7 @@ def test_noise_is_for_training_only_and_has_the_stated_width():
     assert len(np.unique(noisy.indices[0])) == 4 and len(np.unique(quiet.indices[0])) == 1
 
     logits = jnp.zeros((3, 1, 5000), jnp.float32)
-    kept = smore._noisy_gate(logits, jnp.zeros_like(logits), 1, None, key).weights.sum(0)  # largest of three normals
+    kept = routing.noisy_gate(logits, jnp.zeros_like(logits), 1, None, key).weights.sum(0)  # largest of three normals
     draws = np.random.default_rng(0).normal(size=(200_000, 3)).max(1)
     assert float(kept.std()) == pytest.approx((math.log(2) + 0.01) * draws.std(), rel=0.05)
     assert float(kept.mean()) == pytest.approx((math.log(2) + 0.01) * draws.mean(), rel=0.05)
@@ -450,7 +472,7 @@ def test_the_noisy_loss_while_training():
     rng = np.random.default_rng(0)
     clean, raw = (jnp.asarray(rng.normal(size=(4, 2, 5)), jnp.float32) for _ in range(2))
     key, mask = jax.random.key(3), np.array([True, True, False, True, True])
-    choice = jit(lambda clean, raw, mask, key: smore._noisy_gate(clean, raw, 2, mask, key))(clean, raw, mask, key)
+    choice = jit(lambda clean, raw, mask, key: routing.noisy_gate(clean, raw, 2, mask, key))(clean, raw, mask, key)
     std = np.log1p(np.exp(raw)) + 0.01
     noisy = np.asarray(clean + std * jax.random.normal(key, clean.shape, clean.dtype))
     importance, load = np.zeros(4), np.zeros(4)
@@ -505,7 +527,7 @@ def test_three_layers_have_the_stated_shapes(gate):
 
 def test_equal_logits_pick_the_first_experts():
     logits = jnp.array([1.0, 3.0, 3.0, 1.0, 3.0], jnp.float32)[:, None, None]
-    np.testing.assert_array_equal(smore._rank(logits)[:, 0, 0], [3, 0, 1, 4, 2])
+    np.testing.assert_array_equal(routing.rank_of(logits)[:, 0, 0], [3, 0, 1, 4, 2])
 
 
 @pytest.mark.parametrize("gate", ["switch", "noisy_topk"])
@@ -588,7 +610,9 @@ def test_lists_become_tuples_and_the_dense_gate_ignores_fanout():
     ({"gate_activation": "gelu"}, r"gate_activation='gelu'"),
     ({"initialization": "w_final_zeros"}, r"did you mean 'w_final_zero'"),
     ({"variant": "fulll"}, r"did you mean 'full'"),
-    ({"variant": "star"}, r"'star' is not implemented yet; only variant=\"full\""),
+    ({"variant": "shared", "ranks": (2, 4)}, r"one pool .* ranks=\(2, 4\) differ"),
+    ({"variant": "shared", "experts": (2, 4)}, r"experts=\(2, 4\) and"),
+    ({"tied_down": True}, r"tied_down=True is for one layer, but experts=\(4, 4\) has 2"),
     ({"ranks": (8,)}, r"ranks=\(8,\) has 1 entries but experts=\(4, 4\) has 2"),
     ({"scale": (1.0,)}, r"scale=\(1.0,\) has 1 entries"),
     ({"gate_dim": (8, 8, 8)}, r"gate_dim=\(8, 8, 8\) has 3 entries"),
