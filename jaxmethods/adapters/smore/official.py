@@ -196,6 +196,8 @@ def spec_from_config(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
         )
     ranks, gate_dims = tuple(config["expert_dims"]), tuple(config["gate_dims"])
     alpha, router_dim = config.get("lora_alpha"), config["dim_downproj_x"]
+    if alpha is not None and len(alpha) != len(ranks):
+        raise ValueError(f"lora_alpha={alpha} has {len(alpha)} entries but expert_dims={list(ranks)} has {len(ranks)}.")
     if router_dim is None or router_dim <= 0:
         router_dim = shapes["moe_A.0"][-1]
     return SMoRE(
