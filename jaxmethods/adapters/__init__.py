@@ -22,7 +22,7 @@ from jaxmethods.adapters.lora import DoRA, LoRA
 from jaxmethods.adapters.peft import load_peft, save_peft
 from jaxmethods.adapters.s2ft import S2FT
 from jaxmethods.adapters.serving import bank, for_rows
-from jaxmethods.adapters.smore import SMoRE
+from jaxmethods.adapters.smore import HydraLoRA, MixLoRA, SMoRE
 
 RULES = (
     (r"adapter/(lora|dora)/a$", P("fsdp", None)),
@@ -32,7 +32,7 @@ RULES = (
 """Where adapter leaves lie."""
 
 __all__ = [
-    "RULES", "S2FT", "Adapter", "Call", "DoRA", "LoRA", "Result", "SMoRE", "adapted_layers", "attach", "bank", "detach",
-    "for_rows", "init", "init_shapes", "is_adapter", "layers", "leaves_of", "load", "load_peft", "merge", "partition", "s2ft",
-    "save", "save_peft", "score_shapes", "smore",
+    "RULES", "S2FT", "Adapter", "Call", "DoRA", "HydraLoRA", "LoRA", "MixLoRA", "Result", "SMoRE", "adapted_layers", "attach",
+    "bank", "detach", "for_rows", "init", "init_shapes", "is_adapter", "layers", "leaves_of", "load", "load_peft", "merge",
+    "partition", "s2ft", "save", "save_peft", "score_shapes", "smore",
 ]  # fmt: skip
