@@ -53,13 +53,13 @@ class Assembly:
         placed = sharding.batch_sharding(self.mesh)
         return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for name, dtype in kinds.items()}
 
-    def initial_adapters(self, key: jax.Array) -> Tree:
-        """Fresh adapter leaves, created where they belong."""
+    def initial_adapters(self, base: Tree, key: jax.Array, scores: Tree) -> Tree:
+        """Fresh adapter leaves over the base's parameters, created where they belong; `scores` as `adapters.init` takes them."""
         if not self.run.adapters:
             return {}
-        make = lambda key: _adapter_leaves(adapters.init(self.module, self.base, key))
-        shapes = jax.eval_shape(make, key)
-        return jax.jit(make, out_shardings=sharding.shardings_for(shapes, self.mesh, RULES))(key)
+        make = lambda base, key, scores: _adapter_leaves(adapters.init(self.module, base, key, scores=scores))
+        placements = sharding.shardings_for(jax.eval_shape(make, base, key, scores), self.mesh, RULES)
+        return jax.jit(make, out_shardings=placements)(base, key, scores)
 
     def initial_state(self, trained: Tree, key: jax.Array) -> training.State:
         """The state before the first step, created where it belongs; `trained` is given away."""
@@ -88,7 +88,7 @@ def assemble(run: Run, module: Any, base: Tree, mesh: Mesh) -> Assembly:
     params = base
     if run.adapters:
         module = adapters.attach(module, run.adapters)
-        params = jax.eval_shape(lambda key: adapters.init(module, base, key), jax.random.key(0))
+        params = adapters.init_shapes(module, base)
     chosen = _chosen(run, params)
     trained, frozen = adapters.partition(params, chosen)
     if not jax.tree.leaves(trained):

@@ -16,7 +16,7 @@ COMMANDS: dict[str, str] = {
     "plan": "plan CONFIG.py [--FIELD VALUE ...]: what the run is, before it runs",
     "generate": "generate DIR|MODEL --prompt TEXT: answer a prompt with a run's model or any other",
     "evaluate": "evaluate NAME DIR|MODEL: measure on held-out rows (completion)",
-    "export": "export DIR --to OUT [--format hf|adapter]: write a run's model for others",
+    "export": "export DIR --to OUT [--format hf|peft|adapter]: write a run's model for others",
 }
 
 

@@ -134,7 +134,7 @@ def _next_steps(console: Console, workdir: str, opened: Opened) -> None:
         getattr(a, "token_dependent", False) for a in opened.run.adapters.values()
     )
     console.print(
-        f"export it        {program} export {workdir} --to OUT --format {'adapter' if token_dependent else 'hf'}",
+        f"export it        {program} export {workdir} --to OUT --format {'peft' if token_dependent else 'hf'}",
         markup=False,
     )
 

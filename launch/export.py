@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Literal
 
-import numpy as np
 import tyro
 from etils import epath
-from safetensors.numpy import save_file
 
-from jaxmethods import adapters, models, tree
-from jaxmethods.launch import config as run_config
-from jaxmethods.launch.opening import Opened, open_model
+from jaxmethods import adapters, models
+from jaxmethods.launch.opening import open_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +20,9 @@ class Export:
     """The run's work folder."""
     to: str
     """The folder to write; it must not exist."""
-    format: Literal["hf", "adapter"] = "hf"
-    """hf: the whole model with adapters fused, as transformers opens it. adapter: only the adapter's leaves, as one
-    safetensors file named by their paths, with the config that rebuilds them."""
+    format: Literal["hf", "peft", "adapter"] = "hf"
+    """hf: the whole model with adapters fused, as transformers opens it. peft: the adapters alone, as PEFT opens them (S²FT as the
+    LoRA it equals, S'MoRE as its released code writes it). adapter: the adapters alone in our own, compact layout."""
     best: bool = False
     """The checkpoint with the lowest evaluation loss instead of the latest."""
 
@@ -39,29 +35,16 @@ def export(options: Export) -> None:
     opened = open_model(options.run, best=options.best)
     if opened.run is None:
         raise ValueError(f"{options.run} is no run's work folder; export takes what `jaxmethods train` wrote.")
-    if options.format == "adapter":
-        _write_adapter(target, opened)
-    else:
+    if options.format == "hf":
         module, params = opened.module, opened.params
         if opened.run.adapters:
             module, params = adapters.merge(module, params)
         models.save(str(target), module, params, tokenizer=opened.tokenizer)
+    else:
+        if not opened.run.adapters:
+            raise ValueError("this run has no adapter: it trained the model itself; use --format hf.")
+        write = adapters.save_peft if options.format == "peft" else adapters.save
+        base = {"base_model": opened.run.model, "revision": models.revision(opened.run.model)}
+        write(target, opened.module, opened.params, **base)
     size = sum(f.stat().length for f in target.iterdir())
     print(f"wrote {options.to} ({options.format}, {size / 1e6:.1f} MB, step {opened.step} of {options.run})")
-
-
-def _write_adapter(target: epath.Path, opened: Opened) -> None:
-    assert opened.run is not None
-    if not opened.run.adapters:
-        raise ValueError("this run has no adapter: it trained the model itself; use --format hf.")
-    leaves, _ = tree.partition(opened.params, adapters.is_adapter)
-    partial = target.with_name(target.name + ".partial")
-    partial.mkdir(parents=True)
-    save_file({path: np.asarray(x) for path, x in tree.flatten(leaves).items()}, str(partial / "adapter.safetensors"))
-    described = {
-        "base_model": opened.run.model,
-        "adapters": run_config.to_json(opened.run.adapters),
-        "step": opened.step,
-    }
-    (partial / "adapter.json").write_text(json.dumps(described, indent=2) + "\n")
-    partial.rename(target)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
+import math
 import os
 import signal
 import time
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 from etils import epath
 from rich.console import Console
 
-from jaxmethods import data, models, sharding, training, tree
+from jaxmethods import adapters, data, models, sharding, training, tree
 from jaxmethods.launch import config as run_config
 from jaxmethods.launch import cost, plot, progress
 from jaxmethods.launch.assembly import Assembly, assemble
@@ -60,7 +62,8 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
     checkpoints = training.Checkpoints(workdir / "checkpoints", keep_latest=run.keep_latest, keep_best=run.keep_best)
     restored = checkpoints.restore(assembly.state, assembly.fixed, batches, say=say)
     if restored is None:
-        trained, frozen = _split(assembly, base, assembly.initial_adapters(init_key))
+        scores = _scores(assembly, base, rows, say)
+        trained, frozen = _split(assembly, base, assembly.initial_adapters(base, init_key, scores))
         state = assembly.initial_state(trained, run_key)
         fixed = tree.partition(frozen, lambda path: path in tree.flatten(assembly.fixed))[0]
     else:
@@ -77,9 +80,7 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
         return metrics_file.last() if main else {}
 
     # The loop. Step n is dispatched before the metrics of step n - 1 are read: the device never waits for the host.
-    place = lambda batch: {
-        k: jax.make_array_from_process_local_data(sharding.batch_sharding(mesh), v) for k, v in batch.items()
-    }
+    place = functools.partial(_placed, assembly=assembly)
     stop = _stop_on_signals(console)
     rate = run.optimizer.learning_rates(run.steps)
     share_at_one_second = _share_at_one_second(assembly)
@@ -165,6 +166,25 @@ def evaluate(
         for name, mean in assembly.evaluate(trained, frozen, place(batch)).items():
             sums[name] = sums[name] + mean if name in sums else mean
     return {f"evaluation_{name}": float(mean.value()) for name, mean in jax.device_get(sums).items()}
+
+
+def _scores(assembly: Assembly, base: tree.Tree, rows: Any, say: Callable[[str], None]) -> tree.Tree:
+    """What adapters that choose by data choose by, from the first rows of the training set."""
+    run = assembly.run
+    chosen = [a for a in run.adapters.values() if isinstance(a, adapters.S2FT) and a.needs_scores]
+    if not chosen:
+        return {}
+    count = max(math.ceil(max(a.calibration for a in chosen) * len(rows) / run.batch_size), 1)
+    by = ", ".join(sorted({a.selection for a in chosen}))
+    say(f"choosing channels by {by} over {count * run.batch_size} of {len(rows)} rows")
+    batches = data.batches(rows, batch_size=run.batch_size, seed=run.data.seed, **_process())
+    placed = (_placed(batch, assembly) for batch in itertools.islice(iter(batches), count))
+    return adapters.s2ft.calibrate(assembly.module, base, placed, run.objective.loss_fn)
+
+
+def _placed(batch: Any, assembly: Assembly) -> Any:
+    where = sharding.batch_sharding(assembly.mesh)
+    return {name: jax.make_array_from_process_local_data(where, rows) for name, rows in batch.items()}
 
 
 def _share_at_one_second(assembly: Assembly) -> float | None:

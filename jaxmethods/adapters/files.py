@@ -43,12 +43,15 @@ def save(path: Any, adapted: Any, params: Tree, *, base_model: str | None = None
         "base_model": base_model,
         "revision": revision,
         "adapters": {
-            pattern: {"kind": type(adapter).__name__} | dataclasses.asdict(adapter) for pattern, adapter in adapted.adapters
+            pattern: {"kind": type(adapter).__name__} | dataclasses.asdict(adapter)
+            for pattern, adapter in adapted.adapters
         },
     }
     flat = tree.flatten(params)
     leaves = {name: np.asarray(x) for name, x in flat.items() if is_adapter(name)}
-    _check(leaves, adapted, tree.unflatten({name: x for name, x in flat.items() if name not in leaves}), "adapters.save")
+    _check(
+        leaves, adapted, tree.unflatten({name: x for name, x in flat.items() if name not in leaves}), "adapters.save"
+    )
     write_folder(path, {CONFIG: (json.dumps(described, indent=2) + "\n").encode(), WEIGHTS: serialise(leaves)})
 
 

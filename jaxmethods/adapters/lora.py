@@ -82,8 +82,8 @@ class LoRA:
     def merge(self, leaves: Tree, kernel: Float[Array, "d_in d_out"]) -> Float[Array, "d_in d_out"]:
         return self._changed(leaves, kernel).astype(kernel.dtype)
 
-    def as_lora(self, leaves: Tree, kernel: Float[Array, "d_in d_out"]) -> tuple[Float[Array, "d_in rank"], Float[Array, "rank d_out"]]:
-        """The factors a and b."""
+    def as_lora(self, leaves: Tree, kernel: Float[Array, "d_in d_out"]) -> tuple[Array, Array]:
+        """The factors a [d_in, rank] and b [rank, d_out]."""
         return leaves["a"], leaves["b"]
 
     def _changed(self, leaves: Tree, kernel: Array) -> Array:

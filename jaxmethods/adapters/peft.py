@@ -35,7 +35,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
-def save_peft(path: Any, adapted: Any, params: Tree, *, base_model: str | None = None, revision: str | None = None) -> None:
+def save_peft(
+    path: Any, adapted: Any, params: Tree, *, base_model: str | None = None, revision: str | None = None
+) -> None:
     """Writes the adapters of a model as a new PEFT folder, float32.
 
     Args:
@@ -53,7 +55,12 @@ def save_peft(path: Any, adapted: Any, params: Tree, *, base_model: str | None =
         config, arrays = _smore_out(pairs, params)
     else:
         config, arrays = _lora_out(pairs, params)
-    config |= {"base_model_name_or_path": base_model, "revision": revision, "task_type": "CAUSAL_LM", "inference_mode": True}
+    config |= {
+        "base_model_name_or_path": base_model,
+        "revision": revision,
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+    }
     content = {name: np.ascontiguousarray(np.asarray(x, np.float32)) for name, x in arrays.items()}
     text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
     write_folder(path, {CONFIG: text.encode(), WEIGHTS: save(content, {"format": "pt"})})
@@ -116,16 +123,20 @@ def _names(layer: str, shape: Sequence[int]) -> Iterator[tuple[str, Place]]:
 def _lora_out(pairs: list[tuple[str, AnyAdapter]], params: Tree) -> tuple[dict[str, Any], dict[str, Any]]:
     flat, arrays = tree.flatten(params), {}
     written: dict[str, tuple[int, float]] = {}  # layer -> rank and alpha
-    kinds = {layer: adapter for layer, adapter in pairs}
-    if len(kinds) < len(pairs):
-        twice = next(layer for layer, n in collections.Counter(layer for layer, _ in pairs).items() if n > 1)
-        raise ValueError(f"layer {twice!r} has several adapters, which one PEFT folder cannot hold; merge one of them.")
+    if twice := [layer for layer, n in collections.Counter(layer for layer, _ in pairs).items() if n > 1]:
+        raise ValueError(
+            f"layer {twice[0]!r} has several adapters, which one PEFT folder cannot hold; merge one of them."
+        )
     if len({isinstance(adapter, DoRA) for _, adapter in pairs}) > 1:
-        raise ValueError("PEFT takes DoRA for all layers or for none; save the layers apart, or merge some.")
+        raise ValueError(
+            "PEFT takes DoRA for all layers or for none; adapters.save (--format adapter) holds any mixture."
+        )
     rslora = all(getattr(adapter, "rslora", False) for _, adapter in pairs)
     for layer, adapter in pairs:
         if not hasattr(adapter, "as_lora"):
-            raise ValueError(f"a {adapter.kind!r} adapter (on {layer!r}) has no equal LoRA; save it with adapters.save.")
+            raise ValueError(
+                f"a {adapter.kind!r} adapter (on {layer!r}) has no equal LoRA; save it with adapters.save."
+            )
         leaves, kernel = leaves_of(flat, layer, adapter), flat[f"{layer}/kernel"]
         convert = adapter.as_lora
         for _ in kernel.shape[2:]:
@@ -172,12 +183,16 @@ def _lora_in(
     found: dict[str, dict[int | None, dict[str, Any]]] = collections.defaultdict(lambda: collections.defaultdict(dict))
     scales: dict[tuple[str, int | None], float] = {}
     for name, array in arrays.items():
-        match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(A|B|magnitude_vector)(?:\.default)?(?:\.weight)?", name)
+        match = re.fullmatch(
+            r"(?:base_model\.model\.)?(.+)\.lora_(A|B|magnitude_vector)(?:\.default)?(?:\.weight)?", name
+        )
         if match is None:
             raise ValueError(f"{WEIGHTS}: {name!r} is no LoRA factor, and has no place here.")
         target, part = match[1], match[2]
         if target not in places:
-            raise ValueError(f"{WEIGHTS}: {name!r} is of a layer that this model does not have; it is an adapter of another base.")
+            raise ValueError(
+                f"{WEIGHTS}: {name!r} is of a layer that this model does not have; it is an adapter of another base."
+            )
         layer, number = places[target]
         d_in, d_out = flat[f"{layer}/kernel"].shape[-2:]
         rank = array.shape[1 if part == "B" else 0]
@@ -200,7 +215,9 @@ def _lora_in(
         rank = max(part["A"].shape[0] for part in parts.values())
         scale = max(scales[layer, number] for number in parts)
         alpha = scale * (math.sqrt(rank) if config.get("use_rslora") else rank)
-        adapter = kind(rank=rank, alpha=alpha, dropout=config.get("lora_dropout", 0.0), rslora=bool(config.get("use_rslora")))
+        adapter = kind(
+            rank=rank, alpha=alpha, dropout=config.get("lora_dropout", 0.0), rslora=bool(config.get("use_rslora"))
+        )
         by_adapter.setdefault(adapter, []).append(layer)
         *stack, d_in, d_out = flat[f"{layer}/kernel"].shape
         a, b = np.zeros((*stack, d_in, rank), np.float32), np.zeros((*stack, rank, d_out), np.float32)
@@ -220,7 +237,9 @@ def _lora_in(
 
 def _by_pattern(patterns: Mapping[str, float] | None, name: str, usual: float) -> float:
     """PEFT's rule: the first pattern that matches the end of a module's name."""
-    return next((value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", name)), usual)
+    return next(
+        (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", name)), usual
+    )
 
 
 def _pattern(chosen: list[str]) -> str:
@@ -233,7 +252,9 @@ def _pattern(chosen: list[str]) -> str:
 def _smore_out(pairs: list[tuple[str, AnyAdapter]], params: Tree) -> tuple[dict[str, Any], dict[str, Any]]:
     specs = {adapter for _, adapter in pairs}
     if len(specs) > 1:
-        raise ValueError("a folder of S'MoRE's released code holds one spec for all layers; save the others apart.")
+        raise ValueError(
+            "a PEFT folder of S'MoRE holds one spec and no other adapter; adapters.save (--format adapter) holds any."
+        )
     flat, states, spec = tree.flatten(params), {}, pairs[0][1]
     for layer, _ in pairs:
         leaves = leaves_of(flat, layer, spec)
@@ -252,7 +273,9 @@ def _smore_in(
     specs: dict[str, SMoRE] = {}
     for target, state in official.split_state(arrays).items():
         if target not in places:
-            raise ValueError(f"{WEIGHTS}: {target!r} is a layer that this model does not have; it is an adapter of another base.")
+            raise ValueError(
+                f"{WEIGHTS}: {target!r} is a layer that this model does not have; it is an adapter of another base."
+            )
         layer, number = places[target]
         spec = official.spec_from_config(config, {name: x.shape for name, x in state.items()})
         d_in, d_out = flat[f"{layer}/kernel"].shape[-2:]
@@ -260,7 +283,8 @@ def _smore_in(
             got = state[name].shape[-1 if name == "moe_A.0" else 0] if name in state else None
             if got != width:
                 raise ValueError(
-                    f"{WEIGHTS}: {target + '.' + name!r} is {got} wide; this model makes it {width}: it is an adapter of another base."
+                    f"{WEIGHTS}: '{target}.{name}' is {got} wide; this model makes it {width}: it is an adapter of another "
+                    "base."
                 )
         found[layer][number] = official.from_official({k: np.asarray(v, np.float32) for k, v in state.items()}, spec)
         specs[layer] = spec
@@ -269,7 +293,9 @@ def _smore_in(
         by_spec.setdefault(specs[layer], []).append(layer)
         *stack, _, _ = flat[f"{layer}/kernel"].shape
         if stack and (missing := set(range(stack[0])) - {n for n in parts if n is not None}):
-            raise ValueError(f"{WEIGHTS} has no S'MoRE for {layer!r} in layer {min(missing)}; it must be in all layers or none.")
+            raise ValueError(
+                f"{WEIGHTS} has no S'MoRE for {layer!r} in layer {min(missing)}; it must be in all layers or none."
+            )
         own = jax.tree.map(lambda *x: jnp.stack(x), *(parts[n] for n in range(stack[0]))) if stack else parts[None]
         leaves |= {f"{layer}/adapter/smore/{name}": leaf for name, leaf in tree.flatten(own).items()}
     return {_pattern(chosen): spec for spec, chosen in by_spec.items()}, leaves

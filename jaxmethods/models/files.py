@@ -42,6 +42,19 @@ def resolve(path: str | os.PathLike[str], *, weights: bool = True) -> Path:
     raise FileNotFoundError(f"{text}: no such folder or .gguf file{_similar(local)}.")
 
 
+def revision(path: str | os.PathLike[str]) -> str | None:
+    """What pins a model beyond its name: the commit of a hub model, the version of a package; None for files and folders.
+
+    Raises:
+        FileNotFoundError, ConnectionError: as `resolve`.
+    """
+    text = os.fspath(path)
+    if text.startswith("package:"):
+        return metadata.version(text.removeprefix("package:").split("/")[0])
+    found = resolve(path, weights=False)
+    return found.name if found.parent.name == "snapshots" else None
+
+
 def _similar(path: Path) -> str:
     """The names near `path` in the deepest folder of it that exists."""
     parent, name = path.parent, path.name

@@ -9,8 +9,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
+from jaxmethods import adapters, models, tree
+from jaxmethods.launch.opening import open_model
 from tests.training.test_checkpoint import damage
 
 
@@ -162,9 +165,45 @@ def test_the_model_answers_evaluates_and_exports(whole, shop, command, tmp_path)
     assert json.loads((workdir / "evaluation.json").read_text()) == numbers
     refused = command("export", workdir, "--to", tmp_path / "hf")
     assert refused.returncode == 2 and "depends on the token" in refused.stderr and not (tmp_path / "hf").exists()
+    mixed = command("export", workdir, "--to", tmp_path / "peft", "--format", "peft")
+    assert mixed.returncode == 2 and "--format adapter" in mixed.stderr and not (tmp_path / "peft").exists()
     done = command("export", workdir, "--to", tmp_path / "adapter", "--format", "adapter")
     assert done.returncode == 0, done.stderr
     assert {p.name for p in (tmp_path / "adapter").iterdir()} == {"adapter.safetensors", "adapter.json"}
+    opened = open_model(str(workdir))
+    assert same_logits(opened, adapters.load(tmp_path / "adapter", *adapters.detach(opened.module, opened.params)))
+
+
+def same_logits(opened, model):
+    tokens = np.arange(6)[None]
+    ours, theirs = models.logits(opened.module, opened.params, tokens), models.logits(*model, tokens)
+    return float(np.abs(ours - theirs).max()) < 1e-5
+
+
+@pytest.mark.slow
+def test_channels_chosen_by_data_and_by_weights_go_on_and_out(shop, command, tmp_path):
+    recipe, workdir = tmp_path / "s2ft.py", tmp_path / "run"
+    chosen = """        adapters={
+            "down_proj": S2FT(count=4, selection="activation", calibration=0.5),
+            "up_proj": S2FT(count=4, side="out", selection="weight", form="block"),
+        },\n"""
+    text = re.sub(r" +adapters=\{.*?\n +\},\n", chosen, (shop / "recipe.py").read_text(), flags=re.DOTALL)
+    recipe.write_text(text.replace("import LoRA", "import S2FT, LoRA"))
+    leaf = lambda name: tree.flatten(open_model(str(workdir)).params)[f"model/layers/mlp/down_proj/adapter/s2ft/{name}"]
+    done = command("train", recipe, "--workdir", workdir)
+    assert done.returncode == 0, done.stderr
+    assert "choosing channels by activation" in done.stdout
+    before = leaf("indices"), leaf("delta")
+    assert np.abs(before[1]).max() > 0
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    done = command("train", recipe, "--workdir", workdir)
+    assert done.returncode == 0 and "choosing" not in done.stdout, done.stderr
+    for name, want in zip(("indices", "delta"), before, strict=True):
+        np.testing.assert_array_equal(leaf(name), want)
+    done = command("export", workdir, "--to", tmp_path / "peft", "--format", "peft")
+    assert done.returncode == 0, done.stderr
+    opened = open_model(str(workdir))
+    assert same_logits(opened, adapters.load_peft(tmp_path / "peft", *adapters.detach(opened.module, opened.params)))
 
 
 @pytest.mark.slow

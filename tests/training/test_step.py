@@ -90,7 +90,7 @@ def losses(adapter, *axes):
     module, base = tiny.decoder()
     made = assemble(run, module, jax.eval_shape(lambda: base), mesh)
     placed = jax.device_put(base, jax.tree.map(lambda x: x.sharding, made.base))
-    flat = tree.flatten(placed) | tree.flatten(made.initial_adapters(jax.random.key(1)))
+    flat = tree.flatten(placed) | tree.flatten(made.initial_adapters(placed, jax.random.key(1), {}))
     wanted = tree.flatten(made.state.trained)
     trained, frozen = tree.partition(tree.unflatten(flat), lambda path: path in wanted)
     state, found = made.initial_state(trained, jax.random.key(0)), []

@@ -45,6 +45,7 @@ class S2FT:
         form: "delta": the trained leaf is the change, so weight decay pulls towards the pretrained kernel. "block": it is the
             new value, in place of the kernel's, and decay pulls towards zero.
         head_dim: channels of a head; taken from the module's config where it has one.
+        calibration: share of the training rows by which a run chooses, where it chooses by data.
         seed: of the global draw, which must be the same on all processes. (Others draw from the key of `adapters.init`.)
     """
 
@@ -57,6 +58,7 @@ class S2FT:
     budget: str = "uniform"
     form: str = "delta"
     head_dim: int | None = None
+    calibration: float = 0.01
     seed: int = 0
 
     kind: ClassVar[str] = "s2ft"
@@ -73,6 +75,8 @@ class S2FT:
             )
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise ValueError(f"S2FT fraction={self.fraction} must lie in (0, 1].")
+        if not 0 < self.calibration <= 1:
+            raise ValueError(f"S2FT calibration={self.calibration} must lie in (0, 1].")
         for name in ("count", "head_dim"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"S2FT {name}={value} must be at least 1.")
@@ -167,10 +171,14 @@ class S2FT:
         channels = self.channels(leaves)
         return kernel.at[channels].set(new) if self.side == "in" else kernel.at[:, channels].set(new)
 
-    def as_lora(self, leaves: Tree, kernel: Float[Array, "d_in d_out"]) -> tuple[Float[Array, "d_in s"], Float[Array, "s d_out"]]:
+    def as_lora(
+        self, leaves: Tree, kernel: Float[Array, "d_in d_out"]
+    ) -> tuple[Float[Array, "d_in s"], Float[Array, "s d_out"]]:
         """Two factors whose product is the change of the kernel; one of them selects channels (section 4.3)."""
         if "indices" not in leaves:
-            raise ValueError("S2FT leaves of permuted kernels mean nothing elsewhere; s2ft.unpermute the parameters first.")
+            raise ValueError(
+                "S2FT leaves of permuted kernels mean nothing elsewhere; s2ft.unpermute the parameters first."
+            )
         width = kernel.shape[0 if self.side == "in" else 1]
         selection, change = jax.nn.one_hot(leaves["indices"], width, dtype=jnp.float32), self.change(leaves, kernel)
         return (selection.T, change) if self.side == "in" else (change, selection)

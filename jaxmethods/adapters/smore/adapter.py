@@ -47,8 +47,7 @@ class SMoRE(Spec):
     def merge(self, leaves: Params, kernel: Float[Array, "d_in d_out"]) -> Float[Array, "d_in d_out"]:
         """Raises ValueError: each token has a tree of its own, so no kernel gives the same output."""
         raise ValueError(
-            "S'MoRE depends on the token and cannot be merged into a kernel; "
-            "export the adapter itself (--format adapter)."
+            "S'MoRE depends on the token and cannot be merged into a kernel; export the adapter itself (--format peft)."
         )
 
     def delta(
