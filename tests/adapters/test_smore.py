@@ -272,6 +272,17 @@ def test_eq_1_layer_copies():
     np.testing.assert_array_equal(experts["b"]["0"]["kernel"].reshape(4, 4), np.eye(4))
     np.testing.assert_array_equal(experts["b"]["1"]["kernel"].reshape(2, 6), np.eye(2, 6))
     np.testing.assert_array_equal(experts["w"]["1"]["kernel"], np.eye(6)[2:])
+    shared = SMoRE(experts=(2, 2), ranks=(2, 2), fanout=(1, 1), variant="shared", initialization="eq_1_layer")
+    experts = fresh(jax.random.key(0), 16, 12, shared)["experts"]
+    assert experts["b"].keys() == {"0"} and experts["a"]["kernel"].shape == (16, 4)
+    np.testing.assert_array_equal(experts["b"]["0"]["kernel"].reshape(4, 4), np.eye(4))
+    np.testing.assert_array_equal(experts["w"]["1"]["kernel"], np.eye(4))
+
+
+def test_it_starts_without_regard_to_kernel_and_scores():
+    spec, key = SMoRE(experts=(2,), fanout=(1,), ranks=(2,), **SMALL), jax.random.key(0)
+    given = spec.init(key, 16, 12, kernel=jnp.ones((16, 12)), scores=jnp.ones(16))
+    jax.tree.map(np.testing.assert_array_equal, given, fresh(key, 16, 12, spec))
 
 
 # What it contains as special cases ------------------------------------------------------------------------------
@@ -545,9 +556,9 @@ def test_equal_logits_pick_the_first_experts():
     np.testing.assert_array_equal(routing.rank_of(logits)[:, 0, 0], [3, 0, 1, 4, 2])
 
 
-@pytest.mark.parametrize("gate", ["switch", "noisy_topk"])
-def test_bfloat16_inputs_route_in_float32(gate):
-    spec = SMoRE(experts=(3, 4), fanout=(2, 2), ranks=(2, 3), gate=gate, **SMALL)
+@pytest.mark.parametrize("name", ["switch_L3", "star_L2", "child_L2", "shared_L3", "tied"])
+def test_bfloat16_inputs_route_in_float32(name):
+    spec = CASES[name]
     params, x = random_params(spec), tokens().astype(jnp.bfloat16)
     (delta, aux), routes = run_both(params, x, spec, None)
     (wide, wide_aux), wide_routes = run_both(params, x.astype(jnp.float32), spec, None)

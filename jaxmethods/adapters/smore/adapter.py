@@ -83,7 +83,8 @@ def HydraLoRA(experts: int = 4, rank: int = 8, *, tied_down: bool = True, **opti
     """LoRA with one A and several heads: delta = sum_e alpha_e W_proj B_e A x, alpha a softmax over all heads.
 
     Differs from HydraLoRA's own paper, https://arxiv.org/abs/2404.19245, as `MixLoRA` does from its own: by the space
-    between B_e and W_proj, and by a router that is no single linear map.
+    between B_e and W_proj, and by a router that is no single linear map. (The code of S'MoRE's paper names its HydraLoRA
+    without including it.)
 
     Args:
         tied_down: False gives each head an A of its own.

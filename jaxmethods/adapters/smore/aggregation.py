@@ -1,9 +1,9 @@
-"""Aggregation: the states of each token's tree, from the bottom layer up."""
+"""Aggregation: the states of each token's tree, from the bottom layer up; `Spec.variant` lists the equations."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Key
 from jaxmethods.adapters.smore.activations import activation
 from jaxmethods.adapters.smore.compression import compress
 from jaxmethods.adapters.smore.leaves import Params
-from jaxmethods.adapters.smore.routing import choose
+from jaxmethods.adapters.smore.routing import Choice, choose
 from jaxmethods.adapters.smore.spec import Spec
 from jaxmethods.tree import cast
 
@@ -53,39 +53,53 @@ def grow(
     dtype, tokens = compressed[0].dtype, token.shape[1]
     experts = cast(params["experts"], dtype)
     slopes = jnp.unstack(experts["slope"]) if "slope" in experts else (None,) * spec.layers
-    after_sum = spec.variant in ("full", "shared")  # sigma of the whole term, or else of the state from below alone
+    outside = spec.variant in ("full", "shared")  # sigma of an expert's whole term, not of the state from below alone
     state = jnp.zeros((0, 1, tokens), dtype)  # x_l of each node of layer l, [d_l, nodes, tokens]
-    for layer, choice in enumerate(choices):
-        (s, fanout, parents, _), r, pool = choice.chosen.shape, spec.ranks[layer], spec.pool(layer)
+    for layer, choice in enumerate(cast(choices, dtype)):
+        s, r, pool = spec.experts[layer], spec.ranks[layer], spec.pool(layer)
         own = jnp.broadcast_to(compressed[pool].reshape(-1, r, tokens), (s, r, tokens))
         b = jax.tree.map(lambda leaf, scale=spec.scales[layer]: scale * leaf, experts["b"][str(pool)])
         act = activation(spec.activation, slopes[layer])
         if layer == 0:
             # The lowest nodes have no state of their own: each expert is computed once, then mixed for every parent.
             terms = jnp.einsum("srd,srn->sdn", b["kernel"], own) + b["bias"][..., None]
-            terms = act(terms) if after_sum else terms
-            state = _mix(choice.weights.astype(dtype), terms[:, :, None])
+            terms = act(terms) if outside else terms
+            state = _mix(choice.weights, terms[:, :, None])
             continue
         w = experts["w"][str(layer)]
         kernel = jnp.concatenate([w["kernel"], b["kernel"].reshape(s * r, -1), b["bias"]])
-        if after_sum:
-            # B A x of a node's expert and W x_l in one product: A x is set to zero but for the node's expert.
-            chosen = choice.chosen.astype(dtype).reshape(s, -1, tokens)
-            picked = jnp.stack([chosen[:, node, None] * own for node in range(fanout * parents)], 2)
-            inputs = jnp.concatenate([state, picked.reshape(s * r, -1, tokens), chosen])
-            terms = act(jnp.einsum("kd,kmn->dmn", kernel, inputs) + w["bias"][:, None, None])
-            terms = terms.reshape(-1, fanout, parents, tokens).swapaxes(0, 1)
-            state = _mix(choice.scores().astype(dtype), terms)
+        if outside:
+            state = _map_then_mix(choice, own, state, kernel, w["bias"], act)
         else:
-            # Everything after sigma is linear: children are summed first, and one product serves each parent.
-            edges = choice.scores().astype(dtype)
-            edges = edges if spec.variant == "star" else jnp.ones_like(edges)  # the weights of what comes from below
-            weights = choice.weights.astype(dtype)
-            below = _mix(edges, act(state).reshape(-1, fanout, parents, tokens).swapaxes(0, 1))
-            mixed = (weights[:, None] * own[:, :, None]).reshape(s * r, parents, tokens)
-            state = jnp.einsum("kd,kpn->dpn", kernel, jnp.concatenate([below, mixed, weights]))
-            state += w["bias"][:, None, None] * _add(edges)
+            edges = choice.scores()
+            edges = edges if spec.variant == "star" else jnp.ones_like(edges)
+            state = _mix_then_map(choice, own, act(state), edges, kernel, w["bias"])
     return state.squeeze(1), aux_loss.astype(jnp.float32)
+
+
+def _map_then_mix(
+    choice: Choice, own: Array, state: Array, kernel: Array, bias: Array, act: Callable[[Array], Array]
+) -> Array:
+    """sum_n alpha_n sigma(B_n own_n + b_n + W state_n + bias) of each parent, with W, B and b side by side in `kernel`."""
+    s, fanout, parents, tokens = choice.chosen.shape
+    # Both products in one: A x is set to zero but for the node's expert.
+    chosen = choice.chosen.reshape(s, -1, tokens)
+    picked = jnp.stack([chosen[:, node, None] * own for node in range(fanout * parents)], 2)
+    inputs = jnp.concatenate([state, picked.reshape(-1, fanout * parents, tokens), chosen])
+    terms = act(jnp.einsum("kd,kmn->dmn", kernel, inputs) + bias[:, None, None])
+    return _mix(choice.scores(), terms.reshape(-1, fanout, parents, tokens).swapaxes(0, 1))
+
+
+def _mix_then_map(choice: Choice, own: Array, state: Array, edges: Array, kernel: Array, bias: Array) -> Array:
+    """sum_n alpha_n (B_n own_n + b_n) + edge_n (W state_n + bias) of each parent.
+
+    All this is linear, so that the children are summed first and one product serves each parent.
+    """
+    _, fanout, parents, tokens = choice.chosen.shape
+    below = _mix(edges, state.reshape(-1, fanout, parents, tokens).swapaxes(0, 1))
+    mixed = (choice.weights[:, None] * own[:, :, None]).reshape(-1, parents, tokens)
+    mapped = jnp.einsum("kd,kpn->dpn", kernel, jnp.concatenate([below, mixed, choice.weights]))
+    return mapped + bias[:, None, None] * _add(edges)
 
 
 @jax.custom_vjp

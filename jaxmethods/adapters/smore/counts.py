@@ -54,7 +54,7 @@ class MultiplyAdds(NamedTuple):
 
 
 def count_multiply_adds(spec: Spec, d_in: int, d_out: int) -> MultiplyAdds:
-    """Least arithmetic of the forward pass for one token, biases and activations left out.
+    """Arithmetic of the forward pass for one token as the paper counts it, biases and activations left out.
 
     The layers' part, Delta' = sum_l F_l d_{l+1} (d_l + r_l), is the paper's bound of its compute table: each node
     applies B of its expert and W to its own state. `apply` does a little more, since it multiplies by zeros where the

@@ -36,7 +36,7 @@ class Spec:
     """Width to which the router first brings the token."""
     activation: str = "tanh"
     """sigma: "tanh", "relu", "identity", or "prelu" with a learned slope for each layer, which starts at 0.25
-    ("prelu|0.1": at 0.1)."""
+    ("prelu|0.1": at 0.1). In "star" and "child" the slope of layer l acts on x_l, and that of layer 0 on nothing."""
     variant: str = "full"
     """How a child n of layer l adds to its parent. With h = B_l^n A_l^n x (for l = 0 without the terms in W and x_l):
 
