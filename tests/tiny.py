@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmethods import models
+from jaxmethods import adapters, models, tree
 
 
 def decoder(family: str = "llama", **changes) -> tuple[models.Decoder, dict]:
     """A three-layer decoder of width 32 and 61 tokens, with random parameters (norms and biases too)."""
+    module, params = _decoder(family, **changes)
+    return module, jax.tree.map(lambda x: x, params)
+
+
+@functools.cache
+def _decoder(family: str, **changes) -> tuple[models.Decoder, dict]:
     switches = {
         "llama": {"rope_scaling": models.RopeScaling(8.0, 1.0, 4.0, 16)},
         "mistral": {"sliding_window": 5},
@@ -34,6 +42,27 @@ def decoder(family: str = "llama", **changes) -> tuple[models.Decoder, dict]:
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     return module, jax.tree.unflatten(structure, noisy)
+
+
+def adapted(pairs, family: str = "llama", *, seed: int = 2, moved: float = 0.2, **changes):
+    """(module, its parameters, the module with adapters, its parameters), the adapters moved by noise of size `moved`."""
+    module, base = decoder(family, **changes)
+    made, params = _adapted(tuple(pairs.items()), family, seed, moved, tuple(changes.items()))
+    return module, base, made, jax.tree.map(lambda x: x, params)
+
+
+@functools.cache
+def _adapted(pairs, family, seed, moved, changes):
+    module, base = decoder(family, **dict(changes))
+    made = adapters.attach(module, dict(pairs))
+    params = adapters.init(made, base, jax.random.key(seed))
+    if not moved:
+        return made, params
+    trained, frozen = adapters.partition(params)
+    leaves, structure = jax.tree.flatten(trained)
+    rng = np.random.default_rng(seed + 1)
+    noisy = [x + jnp.asarray(moved * rng.normal(size=x.shape), x.dtype) for x in leaves]
+    return made, tree.combine(jax.tree.unflatten(structure, noisy), frozen)
 
 
 def batch(rows: int = 4, length: int = 16, seed: int = 0, vocab: int = 61) -> dict[str, np.ndarray]:

@@ -28,14 +28,7 @@ KINDS = {
 each = pytest.mark.parametrize("pairs", KINDS.values(), ids=KINDS)
 
 
-def attached(pairs, seed=2, **changes):
-    module, base = tiny.decoder(**changes)
-    adapted = adapters.attach(module, pairs)
-    trained, frozen = adapters.partition(adapters.init(adapted, base, jax.random.key(seed)))
-    leaves, treedef = jax.tree.flatten(trained)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    moved = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return module, base, adapted, tree.combine(jax.tree.unflatten(treedef, moved), frozen)
+attached = tiny.adapted
 
 
 def logits(module, params):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 import pytest
 
-from jaxmethods import adapters, models, tree
+from jaxmethods import adapters, models
 from jaxmethods.adapters import S2FT, DoRA, LoRA
 from tests import tiny
 
@@ -45,13 +44,8 @@ def their_logits(model):
 
 @pytest.mark.parametrize("pairs", KINDS.values(), ids=KINDS)
 def test_peft_opens_what_we_write(pairs, base, tmp_path):
-    module, params, folder = base
-    adapted = adapters.attach(module, pairs)
-    trained, frozen = adapters.partition(adapters.init(adapted, params, jax.random.key(1)))
-    leaves, treedef = jax.tree.flatten(trained)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    moved = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    tuned = tree.combine(jax.tree.unflatten(treedef, moved), frozen)
+    module, _, folder = base
+    *_, adapted, tuned = tiny.adapted(pairs, module.config.family)
     adapters.save_peft(tmp_path / "a", adapted, tuned, base_model=str(folder))
     model = peft.PeftModel.from_pretrained(theirs(folder), str(tmp_path / "a")).eval()
     ours = models.logits(adapted, tuned, TOKENS.astype(np.int32))

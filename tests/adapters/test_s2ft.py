@@ -28,16 +28,7 @@ def output(adapter, leaves, x, kernel):
     return adapter.apply(leaves, Call(x, x @ kernel, kernel, None, None)).y
 
 
-def attached(pairs, family="llama", seed=2, moved=0.2, **changes):
-    """(base module, its parameters, adapted module, its parameters with S²FT leaves moved)."""
-    module, base = tiny.decoder(family, **changes)
-    adapted = adapters.attach(module, pairs)
-    params = adapters.init(adapted, base, jax.random.key(seed))
-    trained, frozen = adapters.partition(params)
-    leaves, treedef = jax.tree.flatten(trained)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    moved = [x + moved * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return module, base, adapted, tree.combine(jax.tree.unflatten(treedef, moved), frozen)
+attached = tiny.adapted
 
 
 def logits(module, params):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmethods import adapters, models, tree
+from jaxmethods import adapters, models
 from jaxmethods.adapters import S2FT, DoRA, LoRA, SMoRE, s2ft
 from jaxmethods.generation import generate
 from tests import tiny
@@ -21,16 +21,9 @@ KINDS = {
 
 
 def variants(pairs, count=3):
-    module, base = tiny.decoder()
-    adapted = adapters.attach(module, pairs)
-    made = []
-    for n in range(count):
-        trained, frozen = adapters.partition(adapters.init(adapted, base, jax.random.key(n)))
-        leaves, treedef = jax.tree.flatten(trained)
-        keys = jax.random.split(jax.random.key(10 + n), len(leaves))
-        moved = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-        made.append(tree.combine(jax.tree.unflatten(treedef, moved), frozen))
-    return module, base, adapted, made
+    made = [tiny.adapted(pairs, seed=n) for n in range(count)]
+    module, base, adapted, _ = made[0]
+    return module, base, adapted, [params for *_, params in made]
 
 
 @pytest.mark.parametrize("pairs", KINDS.values(), ids=KINDS)

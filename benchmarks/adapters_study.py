@@ -1,0 +1,423 @@
+"""How well adapters learn and how much they forget, at equal numbers of trained parameters, on SmolLM2-135M.
+
+    python benchmarks/adapters_study.py --to docs/adapters.md               # hours on two CPU cores; stops and goes on
+    python benchmarks/adapters_study.py --reduced                           # the same path in minutes
+
+Two real tasks: writing the impression of a chest X-ray report from its findings (score: nats a token of held-out answers), and
+arithmetic word problems with exactly checkable answers (score: share of held-out answers that greedy decoding gets right in every
+token). Forgetting is the rise in nats a token on text that neither task contains: Python's own language reference, which
+every Python ships.
+
+Every method has the same number of learning rates, each tried with one seed and chosen by a validation split; the other seeds
+run at the chosen one, and scores are of a test split that chose nothing. Every run is a process of its own and appends one
+row to the results file; rows that are there are not run again.
+
+Needs the demo model and reports (`make quickstart` installs both).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import processes
+import steps
+import tyro
+
+TASKS = ("reports", "arithmetic")
+WIDE = "mlp/(gate|up|down)_proj"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is compared."""
+
+    budgets: tuple[int, ...] = (16,)
+    """Ranks of the LoRA (on the three maps of every MLP) whose parameters the others are given."""
+    methods: tuple[str, ...] = ()
+    """Only these methods."""
+    tasks: tuple[str, ...] = TASKS
+    """Only these tasks."""
+    seeds: int = 3
+    """Runs of each method at its best learning rate."""
+    steps: int = 48
+    """Optimiser steps a run."""
+    rows: int = 4
+    """Packed rows a step."""
+    length: int = 128
+    """Tokens a row."""
+    threads: int = 2
+    """CPU threads."""
+    results: str = "runs/adapters_study.jsonl"
+    """Where each run's row is appended."""
+    data: str = "build/study"
+    """Where the tasks' files are written."""
+    reduced: bool = False
+    """Three methods, one task, one seed, few steps, a results file of its own: to see that it works."""
+    to: str | None = None
+    """Write the report, and a figure beside it, here."""
+    child: str | None = None
+    """(Of the script itself: the run of this process, as JSON.)"""
+
+
+# Methods --------------------------------------------------------------------------------------------------------
+
+
+def methods(rank: int) -> dict[str, tuple[dict[str, Any], tuple[float, ...]]]:
+    """Name -> (adapters, learning rates to try). Each has at most the parameters of LoRA at `rank`, and nearly as many."""
+    from jaxmethods.adapters import S2FT, DoRA, HydraLoRA, LoRA, MixLoRA, SMoRE
+
+    low_rank, full = (5e-4, 1.5e-3, 5e-3), (3e-5, 1e-4, 3e-4)
+    router = dict(router_dim=8, gate_dim=8)
+    tree = lambda experts, fanout: lambda r: SMoRE(experts=experts, fanout=fanout, ranks=(r,) * len(experts), **router)
+    fitted = lambda make: {WIDE: _largest(make, rank)}
+    channels = rank * (576 + 1536) // 576  # of the down projection: a LoRA there alone would have a third
+    return {
+        "full": ({}, full),
+        "LoRA": ({WIDE: LoRA(rank=rank)}, low_rank),
+        "DoRA": (fitted(lambda r: DoRA(rank=r)), low_rank),
+        "MixLoRA": (fitted(lambda r: MixLoRA(experts=4, fanout=2, rank=r, **router)), low_rank),
+        "HydraLoRA": (fitted(lambda r: HydraLoRA(experts=4, rank=r, **router)), low_rank),
+        "S'MoRE 2-2": (fitted(tree((2, 2), (1, 1))), low_rank),
+        "S'MoRE 4-4": (fitted(tree((4, 4), (2, 2))), low_rank),
+        "S'MoRE 2-2-2": (fitted(tree((2, 2, 2), (1, 1, 1))), low_rank),
+        "S²FT-R": ({"down_proj": S2FT(count=3 * channels)}, low_rank),
+        "S²FT-A small": ({"down_proj": S2FT(count=3 * channels, selection="activation", calibration=0.01)}, low_rank),
+    }
+
+
+def _largest(make: Any, rank: int) -> Any:
+    """The adapter of the largest rank that has at most the parameters of LoRA at `rank`."""
+    import jax
+
+    sizes = ((576, 1536), (576, 1536), (1536, 576))
+
+    def count(adapter: Any) -> int:
+        kernel = lambda d_in, d_out: jax.ShapeDtypeStruct((d_in, d_out), np.float32)
+        start = lambda kernel: adapter.init(jax.random.key(0), *kernel.shape, kernel=kernel)
+        leaves = [jax.tree.leaves(jax.eval_shape(start, kernel(*size))) for size in sizes]
+        return sum(leaf.size for each in leaves for leaf in each)
+
+    from jaxmethods.adapters import LoRA
+
+    budget = count(LoRA(rank=rank))
+    found = None
+    for r in range(1, 4 * rank):
+        adapter = make(r)
+        if count(adapter) > budget:
+            break
+        found = adapter
+    if found is None:
+        raise SystemExit(f"a budget of LoRA rank {rank} is too small for {make(1)}.")
+    return found
+
+
+# Tasks ----------------------------------------------------------------------------------------------------------
+
+
+def arithmetic(seed: int = 0) -> list[dict[str, str]]:
+    """Word problems of one step with whole answers; every pair of numbers occurs once, in one wording."""
+    rng = random.Random(seed)
+    names = ("Mia", "Omar", "Lena", "Jack", "Aisha", "Noah", "Ines", "Paul")
+    things = ("apples", "pencils", "stamps", "marbles", "books", "tickets", "cards", "shells")
+    wordings = {
+        "+": ("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?",
+              "There are {a} {things} in one box and {b} in another. How many {things} are there in all?"),
+        "-": ("{name} has {a} {things} and gives away {b}. How many {things} are left?",
+              "A shop had {a} {things} and sold {b} of them. How many {things} remain?"),
+        "*": ("{name} packs {a} boxes with {b} {things} each. How many {things} is that?",
+              "A ticket lets {a} people take {b} {things} each. How many {things} do they take together?"),
+    }  # fmt: skip
+    pairs = [("+", a, b) for a in range(12, 100) for b in range(12, 100)]
+    pairs += [("-", a, b) for a in range(22, 120) for b in range(11, a)]
+    pairs += [("*", a, b) for a in range(3, 13) for b in range(3, 30)]
+    rng.shuffle(pairs)
+    answers = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+    return [
+        {
+            "prompt": rng.choice(wordings[sign]).format(name=rng.choice(names), things=rng.choice(things), a=a, b=b),
+            "answer": str(answers[sign](a, b)),
+        }
+        for sign, a, b in pairs
+    ]
+
+
+def other_text() -> list[dict[str, str]]:
+    """Sections of Python's language reference, as plain rows."""
+    from pydoc_data.topics import topics
+
+    return [{"text": " ".join(text.split())[:2000]} for name, text in sorted(topics.items()) if len(text) > 2000][:24]
+
+
+def write_data(folder: Path) -> None:
+    """The splits of both tasks, and the other text, as JSON lines; files that are there stay."""
+    from jaxmethods.data.reports import chest_xray_reports
+
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {"reports": chest_xray_reports(), "arithmetic": arithmetic()}
+    files: dict[str, list[dict[str, str]]] = {"other": other_text()}
+    for task, rows in made.items():
+        rows = [{"prompt": row["prompt"], "answer": row["answer"]} for row in rows]
+        random.Random(1).shuffle(rows)
+        files |= {f"{task}-validation": rows[:96], f"{task}-test": rows[96:288], f"{task}-train": rows[288:]}
+    for name, rows in files.items():
+        if not (path := folder / f"{name}.jsonl").exists():
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# One run --------------------------------------------------------------------------------------------------------
+
+
+def run(o: Options, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Trains once and measures; what a child process does."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxmethods import adapters, models, objectives, training, tree
+    from jaxmethods.data import Data, batches, build, evaluation_batches
+
+    jax.config.update("jax_compilation_cache_dir", str(Path(o.data) / "compiled"))
+    chosen, _ = methods(wanted["budget"])[wanted["method"]]
+    module, params = models.load(steps.MODEL)
+    module = module.clone(remat="dots")
+    tokenizer = models.load_tokenizer(steps.MODEL)
+    objective = objectives.Supervised()
+    read = lambda name: build(Data(train=f"{o.data}/{name}.jsonl", sequence_length=o.length), tokenizer)[0]
+    rows = read(f"{wanted['task']}-train")
+    stream = lambda: iter(batches(rows, batch_size=o.rows, seed=wanted["seed"]))
+
+    if chosen:
+        module = adapters.attach(module, chosen)
+        some = (next(stream()) for _ in range(8))
+        scores = adapters.s2ft.calibrate(module, params, some, objective.loss_fn)
+        params = adapters.init(module, params, jax.random.key(wanted["seed"]), scores=scores)
+    trained, frozen = adapters.partition(params, None if chosen else lambda path: True)
+    del params
+    tx = training.Optimizer(learning_rate=wanted["learning_rate"], schedule="cosine", warmup=0.1).transformation(
+        o.steps
+    )
+    state = training.init_state(trained, tx, jax.random.key(wanted["seed"]))
+    del trained
+    step = jax.jit(training.make_train_step(objective.loss_fn(module), tx), donate_argnums=0)
+
+    @jax.jit
+    def judge(trained: Any, frozen: Any, batch: Any) -> dict[str, Any]:
+        """Sums over target tokens, and over answers: right in every token."""
+        hidden, _ = models.hidden_states(
+            module, tree.combine(trained, frozen), batch["tokens"], batch["segment_ids"] > 0,
+            segment_ids=batch["segment_ids"], positions=batch["positions"],
+        )  # fmt: skip
+        logits = models.logits_of(module, tree.combine(trained, frozen), hidden)[:, :-1]
+        targets, mask = batch["tokens"][:, 1:], batch["target_mask"][:, 1:]
+        logps = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+        wrong = mask & (logits.argmax(-1) != targets)
+        answer = batch["segment_ids"][:, 1:]
+        each = jnp.arange(1, o.length + 1)
+        of = lambda where: (where[:, None] & (answer[:, None] == each[:, None])).any(-1)
+        return {
+            "nats": -jnp.where(mask, logps, 0).sum(), "tokens": mask.sum(),
+            "right": (of(mask) & ~of(wrong)).sum(), "answers": of(mask).sum(),
+        }  # fmt: skip
+
+    def judged(name: str) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for batch in evaluation_batches(read(name), 4):
+            for field, value in jax.device_get(judge(state.trained, frozen, batch)).items():
+                sums[field] = sums.get(field, 0.0) + float(value)
+        return {"nll": sums["nats"] / sums["tokens"], "accuracy": sums["right"] / sums["answers"]}
+
+    before = judged("other")["nll"] if wanted["learning_rate"] else None
+    seconds, losses, source = [], [], stream()
+    for _ in range(o.steps if wanted["learning_rate"] else 0):
+        start = time.perf_counter()
+        state, metrics = step(state, frozen, next(source))
+        losses.append(float(metrics["loss"]))
+        seconds.append(time.perf_counter() - start)
+    after = judged("other")["nll"]
+    validation, test = (judged(f"{wanted['task']}-{split}") for split in ("validation", "test"))
+    return {
+        "trained": sum(x.size for x in jax.tree.leaves(state.trained)) if chosen or wanted["learning_rate"] else 0,
+        "validation_nll": validation["nll"], "nll": test["nll"], "accuracy": test["accuracy"], "other_nll": after,
+        "forgetting": 0.0 if before is None else after - before, "loss": losses[-1] if losses else None,
+        "step_seconds": statistics.median(seconds[1:]) if seconds else None, "peak": processes.peak_bytes(),
+    }  # fmt: skip
+
+
+# All runs -------------------------------------------------------------------------------------------------------
+
+KEY = ("task", "budget", "method", "learning_rate", "seed", "steps", "rows", "length")
+
+
+class Study:
+    """Rows of the results file, and the runs that are still to be made."""
+
+    def __init__(self, o: Options) -> None:
+        self.o, self.path = o, Path(o.results)
+        self.rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+    def result(self, **wanted: Any) -> dict[str, Any]:
+        """The row of a run, which is made if it is not there."""
+        wanted |= {"steps": self.o.steps, "rows": self.o.rows, "length": self.o.length}
+        for row in self.rows:
+            if all(row[name] == wanted[name] for name in KEY):
+                return row
+        given = {name: getattr(self.o, name) for name in ("steps", "rows", "length", "data", "threads")}
+        arguments = [f"--{name}={value}" for name, value in given.items()]
+        found = processes.run(
+            __file__,
+            [*arguments, "--child", json.dumps(wanted)],
+            self.o.threads,
+            {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
+        )
+        row = wanted | found
+        self.rows.append(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print({name: row[name] for name in (*KEY[:5], "nll", "accuracy", "forgetting")}, file=sys.stderr, flush=True)
+        return row
+
+    def best(self, task: str, budget: int, method: str, rates: tuple[float, ...]) -> list[dict[str, Any]]:
+        """The rows of all seeds at the learning rate that validation chooses with the first seed."""
+        tried = [self.result(task=task, budget=budget, method=method, learning_rate=rate, seed=0) for rate in rates]
+        rate = min(tried, key=lambda row: row["validation_nll"])["learning_rate"]
+        return [
+            self.result(task=task, budget=budget, method=method, learning_rate=rate, seed=s)
+            for s in range(self.o.seeds)
+        ]
+
+
+def main(o: Options) -> None:
+    if o.child:
+        print(json.dumps(run(o, json.loads(o.child))))
+        return
+    if o.reduced:
+        changes: dict[str, Any] = dict(
+            methods=("LoRA", "S'MoRE 2-2", "S²FT-R"), tasks=("arithmetic",), seeds=1, steps=8
+        )
+        o = dataclasses.replace(o, results=o.results.replace(".jsonl", "_reduced.jsonl"), **changes)
+    write_data(Path(o.data))
+    study = Study(o)
+    table: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    base = {}
+    for task in o.tasks:
+        base[task] = study.result(task=task, budget=0, method="LoRA", learning_rate=0.0, seed=0)
+        for budget in o.budgets:
+            for name, (_, rates) in methods(budget).items():
+                if not o.methods or name in o.methods:
+                    table[task, budget, name] = study.best(task, budget, name, rates[1:2] if o.reduced else rates)
+    text = report(o, base, table)
+    print(text)
+    if o.to:
+        target = Path(o.to)
+        target.write_text(text + f"\n\n![scores against parameters and forgetting]({target.stem}.png)\n")
+        draw(target.with_suffix(".png"), base, table)
+
+
+SCORES = {"reports": ("nll", "nats a token", -1), "arithmetic": ("accuracy", "answers right", 1)}
+"""Task -> (field, what it is, 1 where larger is better)."""
+
+
+def _spread(rows: list[dict[str, Any]], field: str) -> tuple[float, float]:
+    values = [row[field] for row in rows]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def report(o: Options, base: Mapping[str, Any], table: Mapping[Any, list[dict[str, Any]]]) -> str:
+    from importlib.metadata import version
+
+    lines = [
+        "# Adapters compared",
+        "",
+        f"`python benchmarks/adapters_study.py`, {date.today()}, {processes.cpu()}, {o.threads} threads, float32, "
+        f"jax {version('jax')}. SmolLM2-135M-Instruct, {o.steps} steps of {o.rows} x {o.length} tokens; mean ± standard "
+        f"deviation of {o.seeds} seeds at the learning rate that a validation split chose of three. Forgetting: rise in nats a "
+        "token on Python's language reference.",
+    ]
+    for task in o.tasks:
+        field, what, _ = SCORES[task]
+        lines += [
+            "", f"## {task.capitalize()}", "",
+            f"| method | trained | learning rate | {what} | test nats a token | forgetting | step s | peak MiB |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            f"| before training | | | {base[task][field]:.3f} | {base[task]['nll']:.3f} | | | |",
+        ]  # fmt: skip
+        for (of, _, name), rows in table.items():
+            if of == task:
+                spreads = [_spread(rows, name) for name in (field, "nll", "forgetting")]
+                cells = " | ".join(f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in spreads)
+                seconds, peak = (statistics.median(row[f] for row in rows) for f in ("step_seconds", "peak"))
+                start = f"| {name} | {rows[0]['trained']:,} | {rows[0]['learning_rate']:g}"
+                lines.append(f"{start} | {cells} | {seconds:.2f} | {peak / 2**20:.0f} |")
+    lines += ["", "## The papers' claims", "", *claims(o, table)]
+    return "\n".join(lines)
+
+
+def claims(o: Options, table: Mapping[Any, list[dict[str, Any]]]) -> Iterator[str]:
+    """One line for each claim, task and budget: the difference of the means, with its standard error."""
+    pairs = [(s2ft, other) for s2ft in ("S²FT-R", "S²FT-A small") for other in ("LoRA", "full")]
+    tested = [
+        ("S'MoRE 4-4", "MixLoRA", "score", "S'MoRE is at least as good as MixLoRA"),
+        ("MixLoRA", "LoRA", "score", "MixLoRA is at least as good as LoRA"),
+        *((one, other, "score", f"{one} learns as well as {other}") for one, other in pairs),
+        *((one, other, "forgetting", f"{one} forgets less than {other}") for one, other in pairs),
+    ]
+    yield "Differences are signed so that above zero speaks for the claim; two standard errors decide."
+    yield ""
+    for task in o.tasks:
+        for budget in o.budgets:
+            for one, other, what, claim in tested:
+                a, b = table.get((task, budget, one)), table.get((task, budget, other))
+                if not a or not b:
+                    continue
+                field, sign = (SCORES[task][0], SCORES[task][2]) if what == "score" else ("forgetting", -1)
+                (mean_a, dev_a), (mean_b, dev_b) = _spread(a, field), _spread(b, field)
+                difference, error = sign * (mean_a - mean_b), (dev_a**2 / len(a) + dev_b**2 / len(b)) ** 0.5
+                verdict = (
+                    "holds"
+                    if difference > 2 * error
+                    else "does not hold"
+                    if difference < -2 * error
+                    else "no difference seen"
+                )
+                yield f"- {task}: {claim}: {difference:+.3f} ± {error:.3f}: **{verdict}**."
+
+
+def draw(path: Path, base: Mapping[str, Any], table: Mapping[Any, list[dict[str, Any]]]) -> None:
+    """Score against trained parameters, and against forgetting, for each task."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(task for task, _, _ in table))
+    figure = Figure(figsize=(11, 4.2 * len(tasks)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(tasks), 2, squeeze=False)
+    names = list(dict.fromkeys(name for _, _, name in table))
+    for row, task in zip(axes, tasks, strict=True):
+        field, what, _ = SCORES[task]
+        for (of, _, name), runs in table.items():
+            if of != task:
+                continue
+            score, forgetting = _spread(runs, field), _spread(runs, "forgetting")
+            style: dict[str, Any] = dict(fmt="o", color=f"C{names.index(name) % 10}", capsize=3)
+            row[0].errorbar(runs[0]["trained"], score[0], score[1], label=name, **style)
+            row[1].errorbar(forgetting[0], score[0], score[1], forgetting[1], **style)
+            row[1].annotate(name, (forgetting[0], score[0]), textcoords="offset points", xytext=(5, 4), fontsize=8)
+        row[0].axhline(base[task][field], color="grey", linewidth=0.8, linestyle=":")
+        row[0].set(xscale="log", xlabel="trained parameters", ylabel=f"{task}: {what}")
+        row[1].set(xlabel="forgetting, nats a token")
+        row[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
