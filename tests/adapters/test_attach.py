@@ -9,6 +9,7 @@ import pytest
 from jaxmethods import adapters, models, objectives, sharding, training, tree
 from tests import tiny
 
+SMALL = {"gate_dim": 4, "router_dim": 5}
 ADAPTERS = {
     "lora": adapters.LoRA(rank=3, alpha=5.0),
     "lora_dropout": adapters.LoRA(rank=4, alpha=4.0, rslora=True, dropout=0.5),
@@ -16,6 +17,10 @@ ADAPTERS = {
     "smore_switch": adapters.SMoRE(
         experts=(3, 4), fanout=(2, 2), ranks=(1, 2), gate="switch", gate_dim=4, router_dim=5
     ),
+    "smore_star": adapters.SMoRE(
+        experts=(2, 2), fanout=(1, 2), ranks=(1, 2), gate="switch", variant="star", activation="prelu", **SMALL
+    ),
+    "hydralora": adapters.HydraLoRA(experts=2, rank=2, **SMALL),
     "smore_noisy": adapters.SMoRE(experts=(4,), fanout=(2,), ranks=(2,), gate="noisy_topk", gate_dim=4, router_dim=5),
     "dora": adapters.DoRA(rank=3, alpha=5.0),
     "s2ft_in": adapters.S2FT(fraction=0.3),
@@ -114,9 +119,11 @@ def test_padding_takes_no_part_in_the_auxiliary_loss(adapter):
     assert float(plain) > 0
 
 
-@each
-def test_the_same_under_remat_and_unrolled(adapter):
-    _, _, adapted, params = attached(adapter)
+@pytest.mark.parametrize(
+    "name", [name for name in ADAPTERS if name not in ("smore_dense", "smore_noisy", "smore_star", "hydralora")]
+)
+def test_the_same_under_remat_and_unrolled(name):
+    _, _, adapted, params = attached(ADAPTERS[name])
     trained, frozen = adapters.partition(params)
 
     def gradient(module):

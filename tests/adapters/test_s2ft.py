@@ -1,6 +1,7 @@
 """S²FT by hand, against slices of the full gradient, and in its limits. Its laws as an adapter: test_attach.py."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +101,33 @@ def test_small_steps_are_not_lost_over_a_bfloat16_kernel():
     np.testing.assert_allclose(adapter.merge(leaves, kernel)[leaves["indices"]].astype(jnp.float32), 1.01, atol=0.004)
     y = output(adapter, leaves, jnp.ones((1, D_IN), jnp.float32), kernel)
     np.testing.assert_allclose(y, 12 + 2 * 0.01, rtol=1e-5)
+
+
+# Partial back-propagation (section 3.4) -------------------------------------------------------------------------
+
+
+def bytes_and_products(pairs):
+    """(Bytes that live at once beside the arguments, shapes of all products) in the compiled gradient of a decoder's loss."""
+    _, _, adapted, params = attached(pairs)
+    trained, frozen = adapters.partition(params)
+    batch = tiny.batch(16, 64)
+    loss_fn = objectives.Supervised().loss_fn(adapted)
+    gradient = jax.grad(lambda trained, frozen: loss_fn(tree.combine(trained, frozen), batch, None)[0].value())
+    compiled = jax.jit(gradient).lower(trained, frozen).compile()
+    found = re.findall(r"f32\[([\d,]+)\]\S* dot\(", compiled.as_text())
+    return compiled.memory_analysis().temp_size_in_bytes, {tuple(map(int, shape.split(","))) for shape in found}
+
+
+def test_only_the_chosen_activations_are_kept_and_only_their_gradient_is_formed():
+    """down_proj is 48 x 32: S²FT forms [5, 32] and never [48, 32], and keeps 5 of its 48 inputs where LoRA needs them all."""
+    ours, shapes = bytes_and_products({"down_proj": S2FT(count=5)})
+    assert (5, 32) in shapes and not {(48, 32), (32, 48)} & shapes
+    by_lora, _ = bytes_and_products({"down_proj": adapters.LoRA(rank=2)})  # equal in parameters: 160
+    print(ours, by_lora)
+    tokens, layers = 16 * 64, 3
+    assert ours < by_lora - 4 * layers * tokens * 30
+    _, shapes = bytes_and_products({"up_proj": S2FT(count=5, side="out")})
+    assert {(32, 5), (5, 32)} & shapes and not {(48, 32), (32, 48)} & shapes
 
 
 # What is chosen -------------------------------------------------------------------------------------------------
