@@ -202,6 +202,7 @@ def run(o: Options, wanted: Mapping[str, Any]) -> dict[str, Any]:
         params = adapters.init(module, params, jax.random.key(wanted["seed"]), scores=scores)
     trained, frozen = adapters.partition(params, None if chosen else lambda path: True)
     del params
+    before_training = not wanted["learning_rate"]
     tx = training.Optimizer(learning_rate=wanted["learning_rate"], schedule="cosine", warmup=0.1).transformation(
         o.steps
     )
@@ -235,9 +236,9 @@ def run(o: Options, wanted: Mapping[str, Any]) -> dict[str, Any]:
                 sums[field] = sums.get(field, 0.0) + float(value)
         return {"nll": sums["nats"] / sums["tokens"], "accuracy": sums["right"] / sums["answers"]}
 
-    before = judged("other")["nll"] if wanted["learning_rate"] else None
+    before = None if before_training else judged("other")["nll"]
     seconds, losses, source = [], [], stream()
-    for _ in range(o.steps if wanted["learning_rate"] else 0):
+    for _ in range(0 if before_training else o.steps):
         start = time.perf_counter()
         state, metrics = step(state, frozen, next(source))
         losses.append(float(metrics["loss"]))
@@ -245,7 +246,7 @@ def run(o: Options, wanted: Mapping[str, Any]) -> dict[str, Any]:
     after = judged("other")["nll"]
     validation, test = (judged(f"{wanted['task']}-{split}") for split in ("validation", "test"))
     return {
-        "trained": sum(x.size for x in jax.tree.leaves(state.trained)) if chosen or wanted["learning_rate"] else 0,
+        "trained": 0 if before_training else sum(x.size for x in jax.tree.leaves(state.trained)),
         "validation_nll": validation["nll"], "nll": test["nll"], "accuracy": test["accuracy"], "other_nll": after,
         "forgetting": 0.0 if before is None else after - before, "loss": losses[-1] if losses else None,
         "step_seconds": statistics.median(seconds[1:]) if seconds else None, "peak": processes.peak_bytes(),
@@ -310,7 +311,7 @@ def main(o: Options) -> None:
     table: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     base = {}
     for task in o.tasks:
-        base[task] = study.result(task=task, budget=0, method="LoRA", learning_rate=0.0, seed=0)
+        base[task] = study.result(task=task, budget=o.budgets[0], method="full", learning_rate=0.0, seed=0)
         for budget in o.budgets:
             for name, (_, rates) in methods(budget).items():
                 if not o.methods or name in o.methods:
