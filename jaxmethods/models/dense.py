@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, no_type_check
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxmethods.kernels.quantized import Quantized
 from jaxmethods.quantization import NAMES
 
 
+@no_type_check  # run-time checkers cannot read the annotations of flax's own fields
 class QuantizedDense(nn.Dense):
     """`nn.Dense` over the leaves `kernel` (codes), `kernel_scale` and `kernel_minimum`; `init` draws them at random.
 

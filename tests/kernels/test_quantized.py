@@ -98,7 +98,7 @@ def test_gradients_under_shard_map_are_those_of_the_whole(kind):
 
 
 @each_kind
-def test_across_a_scan_over_layers_only_codes_are_kept(kind):
+def test_across_a_scan_over_layers_nothing_is_kept_beside_the_codes(kind):
     layers, width, rows = 6, 64, 8
     q = jax.tree.map(jnp.asarray, quantize(np.random.default_rng(0).normal(size=(layers, width, width)) / 8, kind))
 
@@ -112,7 +112,7 @@ def test_across_a_scan_over_layers_only_codes_are_kept(kind):
     scans = [e for e in jax.make_jaxpr(jax.grad(total))(jnp.ones((rows, width)), q).eqns if e.primitive.name == "scan"]
     assert len(scans) == 2
     for scan in scans:
-        assert all(v.aval.size < layers * width * width or v.aval.dtype == q.codes.dtype for v in scan.outvars)
+        assert max(v.aval.size for v in scan.outvars) <= layers * rows * width  # nor a second copy of the codes
 
 
 @each_kind
