@@ -155,7 +155,7 @@ def other_text() -> list[dict[str, str]]:
     """Sections of Python's language reference, as plain rows."""
     from pydoc_data.topics import topics
 
-    return [{"text": " ".join(text.split())[:2000]} for name, text in sorted(topics.items()) if len(text) > 2000][:24]
+    return [{"text": " ".join(text.split())[:1500]} for name, text in sorted(topics.items()) if len(text) > 2000][:12]
 
 
 def write_data(folder: Path) -> None:
@@ -168,7 +168,7 @@ def write_data(folder: Path) -> None:
     for task, rows in made.items():
         rows = [{"prompt": row["prompt"], "answer": row["answer"]} for row in rows]
         random.Random(1).shuffle(rows)
-        files |= {f"{task}-validation": rows[:96], f"{task}-test": rows[96:288], f"{task}-train": rows[288:]}
+        files |= {f"{task}-validation": rows[:64], f"{task}-test": rows[64:192], f"{task}-train": rows[192:]}
     for name, rows in files.items():
         if not (path := folder / f"{name}.jsonl").exists():
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -236,19 +236,16 @@ def run(o: Options, wanted: Mapping[str, Any]) -> dict[str, Any]:
                 sums[field] = sums.get(field, 0.0) + float(value)
         return {"nll": sums["nats"] / sums["tokens"], "accuracy": sums["right"] / sums["answers"]}
 
-    before = None if before_training else judged("other")["nll"]
     seconds, losses, source = [], [], stream()
     for _ in range(0 if before_training else o.steps):
         start = time.perf_counter()
         state, metrics = step(state, frozen, next(source))
         losses.append(float(metrics["loss"]))
         seconds.append(time.perf_counter() - start)
-    after = judged("other")["nll"]
     validation, test = (judged(f"{wanted['task']}-{split}") for split in ("validation", "test"))
     return {
         "trained": 0 if before_training else sum(x.size for x in jax.tree.leaves(state.trained)),
-        "validation_nll": validation["nll"], "nll": test["nll"], "accuracy": test["accuracy"], "other_nll": after,
-        "forgetting": 0.0 if before is None else after - before, "loss": losses[-1] if losses else None,
+        "validation_nll": validation["nll"], "nll": test["nll"], "accuracy": test["accuracy"], "other_nll": judged("other")["nll"], "loss": losses[-1] if losses else None,
         "step_seconds": statistics.median(seconds[1:]) if seconds else None, "peak": processes.peak_bytes(),
     }  # fmt: skip
 
@@ -284,7 +281,7 @@ class Study:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print({name: row[name] for name in (*KEY[:5], "nll", "accuracy", "forgetting")}, file=sys.stderr, flush=True)
+        print({name: row[name] for name in (*KEY[:5], "nll", "accuracy", "other_nll")}, file=sys.stderr, flush=True)
         return row
 
     def best(self, task: str, budget: int, method: str, rates: tuple[float, ...]) -> list[dict[str, Any]]:

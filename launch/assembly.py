@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxmethods import adapters, models, sharding, training, tree
+from jaxmethods import adapters, models, quantization, sharding, training, tree
 from jaxmethods.launch.config import Run
 from jaxmethods.tree import Tree
 
@@ -68,6 +68,16 @@ class Assembly:
         return jax.jit(make, out_shardings=placements)(trained)
 
 
+def model_shapes(run: Run) -> tuple[Any, Tree]:
+    """(module, shapes of its parameters) of the run's base model."""
+    return models.shapes(run.model, dtype=jnp.dtype(run.param_dtype), quantize=run.quantize)
+
+
+def load_model(run: Run, mesh: Mesh | None = None) -> tuple[Any, Tree]:
+    """(module, parameters) of the run's base model."""
+    return models.load(run.model, dtype=jnp.dtype(run.param_dtype), mesh=mesh, quantize=run.quantize)
+
+
 def assemble(run: Run, module: Any, base: Tree, mesh: Mesh) -> Assembly:
     """Puts module, adapters, optimiser, objective and mesh together.
 
@@ -75,7 +85,7 @@ def assemble(run: Run, module: Any, base: Tree, mesh: Mesh) -> Assembly:
         base: shapes of the base model's parameters.
 
     Raises:
-        ValueError: a regex that matches nothing, or sizes that the mesh does not divide.
+        ValueError: a regex that matches nothing or a quantised kernel, or sizes that the mesh does not divide.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if run.batch_size % (ways * run.accumulate):
@@ -93,6 +103,12 @@ def assemble(run: Run, module: Any, base: Tree, mesh: Mesh) -> Assembly:
     trained, frozen = adapters.partition(params, chosen)
     if not jax.tree.leaves(trained):
         raise ValueError(f"trained={run.trained!r} matches no parameter; nothing would be trained.")
+    flat = tree.flatten(params)
+    if codes := next((path for path in tree.flatten(trained) if quantization.is_part(flat, path)), None):
+        raise ValueError(
+            f"trained={run.trained!r} names {codes!r}, which quantize={run.quantize!r} freezes; name other parameters, or "
+            "train with quantize=None."
+        )
     trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trained)
     place = functools.partial(_placed, mesh=mesh)
 

@@ -69,6 +69,8 @@ class Run:
     """Of activations and matrix products."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of frozen parameters; trained ones are float32."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Hold the frozen linear layers in 8.5 (int8) or 5 (int4) bits a weight, as GGUF's Q8_0 and Q4_1 do; None: in `param_dtype`."""
     remat: Literal["none", "dots", "full"] = "dots"
     """What the backward pass computes again instead of keeping it: dots keeps linear layers and attention."""
     unroll: int = 1
@@ -104,6 +106,12 @@ class Run:
         for name, choices in (("compute_dtype", _DTYPES), ("param_dtype", _DTYPES), ("remat", ("none", "dots", "full")),
                               ("on_nonfinite", ("stop", "skip"))):  # fmt: skip
             tree.require_one_of(name, getattr(self, name), choices)
+        if self.quantize is not None:
+            tree.require_one_of("quantize", self.quantize, ("int8", "int4"))
+            if not self.adapters and self.trained is None:
+                raise ValueError(
+                    f"quantize={self.quantize!r} freezes the linear layers; name `adapters` to train, or leave it None."
+                )
         for pattern in (*self.adapters, *([self.trained] if self.trained else [])):
             try:
                 re.compile(pattern)

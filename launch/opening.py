@@ -6,12 +6,11 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 
 from jaxmethods import adapters, models, sharding, training, tree
 from jaxmethods.launch import config as run_config
-from jaxmethods.launch.assembly import assemble
+from jaxmethods.launch.assembly import assemble, load_model, model_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Opened:
         if self.run is None:
             return self
         if self.run.trained is not None or not self.run.adapters:
-            return open_model(self.run.model)
+            return Opened(*models.load(self.run.model, quantize=self.run.quantize), self.tokenizer, None)
         module, params = adapters.detach(self.module, self.params)
         return dataclasses.replace(self, module=module, params=params, run=None)
 
@@ -55,13 +54,13 @@ def open_model(path: str, *, best: bool = False) -> Opened:
     run = run_config.read_json(workdir / "config.json")
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     run = dataclasses.replace(run, mesh=run_config.Mesh(1, 1, 1))
-    assembly = assemble(run, *models.shapes(run.model, dtype=jnp.dtype(run.param_dtype)), mesh)
+    assembly = assemble(run, *model_shapes(run), mesh)
     checkpoints = training.Checkpoints(workdir / "checkpoints", keep_latest=run.keep_latest, keep_best=run.keep_best)
     restored = checkpoints.restore(assembly.state, assembly.fixed, step=checkpoints.best() if best else None)
     checkpoints.close()
     if restored is None:
         raise ValueError(f"{path} holds no checkpoint yet; train first.")
     state, fixed = restored
-    _, base = models.load(run.model, dtype=jnp.dtype(run.param_dtype))
+    _, base = load_model(run)
     flat = tree.flatten(base) | tree.flatten(fixed) | tree.flatten(state.trained)
     return Opened(assembly.module, tree.unflatten(flat), models.load_tokenizer(run.model), run, int(state.step))

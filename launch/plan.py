@@ -7,14 +7,13 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jaxmethods import models, sharding, tree
+from jaxmethods import quantization, sharding, tree
 from jaxmethods.launch import cost
-from jaxmethods.launch.assembly import Assembly, assemble
+from jaxmethods.launch.assembly import Assembly, assemble, model_shapes
 from jaxmethods.launch.config import Run
 
 COMPILED_UP_TO = 2e9
@@ -31,10 +30,10 @@ def plan(run: Run) -> dict[str, Any]:
         ValueError, FileNotFoundError: what `train` would refuse about config and model.
     """
     mesh = sharding.make_mesh({"data": run.mesh.data, "fsdp": run.mesh.fsdp, "tensor": run.mesh.tensor})
-    assembly = assemble(run, *models.shapes(run.model, dtype=jnp.dtype(run.param_dtype)), mesh)
+    assembly = assemble(run, *model_shapes(run), mesh)
     trained, total = (
         tree.count(assembly.state.trained),
-        tree.count(assembly.state.trained) + tree.count(assembly.frozen),
+        tree.count(assembly.state.trained) + quantization.count(assembly.frozen),
     )
     arguments = (assembly.state, assembly.frozen, assembly.batch())
     counted = cost.count(assembly.step, *arguments)
@@ -50,7 +49,7 @@ def plan(run: Run) -> dict[str, Any]:
     return {
         "model": {
             "path": run.model, "family": config.family, "layers": config.num_layers, "width": config.hidden_size,
-            "parameters": tree.count(assembly.base), "dtype": run.param_dtype,
+            "parameters": quantization.count(assembly.base), "dtype": run.param_dtype, "quantize": run.quantize,
         },
         "trained": {"parameters": trained, "share": trained / total, "layers": _layers(assembly)},
         "devices": {"kind": devices[0].device_kind, "count": len(devices), "mesh": dict(mesh.shape)},
@@ -95,7 +94,8 @@ def show(plan: dict[str, Any], *, as_json: bool) -> None:
     table.add_column()
     rows = {
         "model": f"{model['path']}: {model['family']}, {model['layers']} layers of width {model['width']}, "
-        f"{model['parameters']:,} parameters in {model['dtype']}",
+        f"{model['parameters']:,} parameters in {model['dtype']}"
+        + (f", linear layers in {model['quantize']}" if model["quantize"] else ""),
         "trained": f"{trained['parameters']:,} parameters ({trained['share']:.2%}) in "
         + ", ".join(f"{layer} ({count:,})" for layer, count in list(trained["layers"].items())[:8])
         + (f", and {len(trained['layers']) - 8} more" if len(trained["layers"]) > 8 else ""),

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from etils import epath
 from rich.console import Console
 
-from jaxmethods import adapters, data, models, sharding, training, tree
+from jaxmethods import adapters, data, models, quantization, sharding, training, tree
 from jaxmethods.launch import config as run_config
 from jaxmethods.launch import cost, plot, progress
-from jaxmethods.launch.assembly import Assembly, assemble
+from jaxmethods.launch.assembly import Assembly, assemble, load_model, model_shapes
 from jaxmethods.launch.config import Run
 from jaxmethods.launch.metrics import MetricsFile
 
@@ -51,8 +51,8 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
     rows, report = data.build(run.data, tokenizer)
     held_out = data.build(run.data, tokenizer, split="evaluation")[0] if run.data.evaluation else None
     batches = iter(data.batches(rows, batch_size=run.batch_size, seed=run.data.seed, **_process()))
-    assembly = assemble(run, *models.shapes(run.model, dtype=jnp.dtype(run.param_dtype)), mesh)
-    _, base = models.load(run.model, dtype=jnp.dtype(run.param_dtype), mesh=mesh)
+    assembly = assemble(run, *model_shapes(run), mesh)
+    _, base = load_model(run, mesh)
 
     # What could be wrong with config, model or data has been said by now: the folder becomes this run's.
     _claim(workdir, run)
@@ -279,7 +279,8 @@ def _stop_on_signals(console: Console) -> Iterator[Callable[[], bool]]:
 def _announce(console: Console, assembly: Assembly, report: Any, *, resumed: int) -> None:
     """Says once what will happen."""
     run, trained = assembly.run, tree.flatten(assembly.state.trained)
-    total, share = tree.count(assembly.frozen) + tree.count(assembly.state.trained), tree.count(assembly.state.trained)
+    share = tree.count(assembly.state.trained)
+    total = quantization.count(assembly.frozen) + share
     paths = sorted({path.split("/adapter/")[0] for path in trained})
     shown = ", ".join(paths[:4]) + (f", and {len(paths) - 4} more" if len(paths) > 4 else "")
     mesh = " x ".join(f"{name}={size}" for name, size in assembly.mesh.shape.items())
@@ -287,7 +288,8 @@ def _announce(console: Console, assembly: Assembly, report: Any, *, resumed: int
         console,
         f"{run.workdir}: {'resumes after step ' + str(resumed) if resumed else 'starts'}",
         {
-            "model": f"{run.model} ({total / 1e6:,.1f} M parameters)",
+            "model": f"{run.model} ({total / 1e6:,.1f} M parameters"
+            + (f", linear layers frozen in {run.quantize})" if run.quantize else ")"),
             "trained": f"{share:,} parameters ({share / total:.2%}) in {shown}",
             "devices": f"{len(assembly.mesh.devices.flat)} x {assembly.mesh.devices.flat[0].device_kind} ({mesh})",
             "data": str(report),

@@ -36,8 +36,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from jaxmethods import tree
+from jaxmethods import quantization, tree
 from jaxmethods.adapters.base import AnyAdapter, Call
+from jaxmethods.kernels.quantized import Quantized, dequantize
 from jaxmethods.tree import Tree
 
 _IN_TREE = "/adapter/"
@@ -88,19 +89,22 @@ def init(adapted: Any, base_params: Tree, key: Key[Array, ""], *, scores: Tree |
     flat, known = tree.flatten(base_params), tree.flatten(scores or {})
     fresh: dict[str, Any] = {}
     for layer, adapter in _matches(adapted, base_params):
-        kernel = flat[f"{layer}/kernel"]
+        kernel = quantization.raw_in(flat, layer)
         *stack, d_in, d_out = kernel.shape
         path = f"{layer}{_IN_TREE}{adapter.kind}"
         given = {
-            "kernel": None if isinstance(kernel, jax.ShapeDtypeStruct) else kernel,
+            "kernel": None if isinstance(flat[f"{layer}/kernel"], jax.ShapeDtypeStruct) else kernel,
             "scores": known.pop(path, None),
         }
-        start, drawn = functools.partial(adapter.init, d_in=d_in, d_out=d_out), jax.random.fold_in(key, _hash(path))
+        drawn = jax.random.fold_in(key, _hash(path))
+        start: Callable[..., Tree] = functools.partial(_start, adapter, d_in, d_out)
         if stack and getattr(adapter, "across_layers", False):
             leaves = adapter.init_stack(drawn, *stack, d_in=d_in, d_out=d_out)
         else:
             for size in stack:
                 start = functools.partial(_stacked, start, size)
+            if isinstance(kernel, Quantized):
+                start = jax.jit(start)  # codes are opened where the adapter reads them, and nowhere else
             leaves = start(drawn, **given)
         fresh |= {f"{path}/{name}": leaf for name, leaf in tree.flatten(leaves).items()}
     if known:
@@ -113,7 +117,7 @@ def score_shapes(adapted: Any, base_params: Tree) -> Tree:
     flat, shapes = tree.flatten(base_params), {}
     for layer, adapter in adapted_layers(adapted, base_params):
         if getattr(adapter, "needs_scores", False):
-            *stack, d_in, d_out = flat[f"{layer}/kernel"].shape
+            *stack, d_in, d_out = quantization.shape_in(flat, layer)
             width = adapter.scored(d_in, d_out)
             shapes[f"{layer}{_IN_TREE}{adapter.kind}"] = jax.ShapeDtypeStruct((*stack, width), jnp.float32)
     return tree.unflatten(shapes)
@@ -139,16 +143,23 @@ def partition(params: Tree, trained: Callable[[str], bool] | None = None) -> tup
 def merge(adapted: Any, params: Tree) -> tuple[nn.Module, Tree]:
     """The base module with the adapters fused into its kernels: the same outputs, no adapter left.
 
+    A quantised base comes back in float, of the module's `param_dtype`: an adapter's change lies between the codes.
+
     Raises:
         ValueError: an adapter that depends on the token, and so has no equal kernel.
     """
-    flat = tree.flatten(params)
+    flat, opened = dict(tree.flatten(params)), set()
     for layer, adapter in adapted_layers(adapted, params):
+        if quantization.open_in(flat, layer):
+            opened.add(layer)
         fuse = adapter.merge
         for _ in flat[f"{layer}/kernel"].shape[2:]:
             fuse = jax.vmap(fuse)
         flat[f"{layer}/kernel"] = fuse(leaves_of(flat, layer, adapter), flat[f"{layer}/kernel"])
-    return detach(adapted, tree.unflatten(flat))
+    for layer in opened:
+        flat[f"{layer}/kernel"] = flat[f"{layer}/kernel"].astype(adapted.param_dtype)
+    module, merged = detach(adapted, tree.unflatten(flat))
+    return quantization.dequantize(module, merged) if quantization.is_quantized(module) else (module, merged)
 
 
 def adapted_layers(adapted: Any, params: Tree) -> list[tuple[str, AnyAdapter]]:
@@ -175,9 +186,8 @@ def is_adapter(path: str) -> bool:
 def layers(params: Tree) -> dict[str, tuple[int, ...]]:
     """Path -> shape of the kernel, for each linear layer; a stack of layers has a leading axis."""
     flat = tree.flatten(params)
-    kernels = {
-        p.removesuffix("/kernel"): x.shape for p, x in flat.items() if p.endswith("/kernel") and not is_adapter(p)
-    }
+    found = [p.removesuffix("/kernel") for p in flat if p.endswith("/kernel") and not is_adapter(p)]
+    kernels = {path: quantization.shape_in(flat, path) for path in found}
     return {path: shape for path, shape in kernels.items() if len(shape) in (2, 3)}
 
 
@@ -202,6 +212,11 @@ def _matches(adapted: Any, params: Tree) -> Iterator[tuple[str, AnyAdapter]]:
                 )
             seen.add((name, adapter.kind))
             yield name, adapter
+
+
+def _start(adapter: AnyAdapter, d_in: int, d_out: int, key: Key[Array, ""], *, kernel: Any, scores: Any) -> Tree:
+    kernel = dequantize(kernel) if isinstance(kernel, Quantized) else kernel
+    return adapter.init(key, d_in=d_in, d_out=d_out, kernel=kernel, scores=scores)
 
 
 def _stacked(start: Callable[..., Tree], size: int, key: Key[Array, ""], **given: Any) -> Tree:
@@ -296,7 +311,7 @@ def _interceptor(root: Any, mask: Any) -> Callable[..., Any]:
             )
         leaves = _Leaves(matching, reports, draws, parent=layer, name="adapter")
         own: Any = lambda name: layer.get_variable("params", name)
-        return leaves(x, y, own("kernel"), own("bias") if layer.use_bias else None, mask)
+        return leaves(x, y, quantization.kernel_of(own), own("bias") if layer.use_bias else None, mask)
 
     return intercept
 

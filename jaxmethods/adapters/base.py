@@ -19,6 +19,7 @@ class Call(NamedTuple):
     x: Float[Array, "*batch d_in"]
     y: Float[Array, "*batch d_out"]
     kernel: Float[Array, "d_in d_out"]
+    """Of a quantised layer what its codes stand for, opened where it is read."""
     token_mask: Bool[Array, "*batch"] | None
     """True at real tokens; None where all are."""
     key: Key[Array, ""] | None

@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import load, save
 
-from jaxmethods import tree
+from jaxmethods import quantization, tree
 from jaxmethods.adapters.attach import adapted_layers, attach, init_shapes, layers, leaves_of
 from jaxmethods.adapters.base import AnyAdapter
 from jaxmethods.adapters.files import write_folder
@@ -139,7 +139,7 @@ def _lora_out(pairs: list[tuple[str, AnyAdapter]], params: Tree) -> tuple[dict[s
             raise ValueError(
                 f"a {adapter.kind!r} adapter (on {layer!r}) has no equal LoRA; save it with adapters.save."
             )
-        leaves, kernel = leaves_of(flat, layer, adapter), flat[f"{layer}/kernel"]
+        leaves, kernel = leaves_of(flat, layer, adapter), quantization.kernel_in(flat, layer)
         convert = adapter.as_lora
         for _ in kernel.shape[2:]:
             convert = jax.vmap(convert)
@@ -196,7 +196,7 @@ def _lora_in(
                 f"{WEIGHTS}: {name!r} is of a layer that this model does not have; it is an adapter of another base."
             )
         layer, number = places[target]
-        d_in, d_out = flat[f"{layer}/kernel"].shape[-2:]
+        d_in, d_out = quantization.shape_in(flat, layer)[-2:]
         rank = array.shape[1 if part == "B" else 0]
         wanted = {"A": (rank, d_in), "B": (d_out, rank), "magnitude_vector": (d_out,)}[part]
         if array.shape != wanted:
@@ -221,7 +221,7 @@ def _lora_in(
             rank=rank, alpha=alpha, dropout=config.get("lora_dropout", 0.0), rslora=bool(config.get("use_rslora"))
         )
         by_adapter.setdefault(adapter, []).append(layer)
-        *stack, d_in, d_out = flat[f"{layer}/kernel"].shape
+        *stack, d_in, d_out = quantization.shape_in(flat, layer)
         a, b = np.zeros((*stack, d_in, rank), np.float32), np.zeros((*stack, rank, d_out), np.float32)
         for number, part in parts.items():
             at: Any = () if number is None else number
@@ -230,7 +230,7 @@ def _lora_in(
         prefix = f"{layer}/adapter/{kind.kind}/"
         leaves |= {f"{prefix}a": a, f"{prefix}b": b}
         if kind is DoRA:
-            lengths = np.array(np.sqrt(np.square(np.asarray(flat[f"{layer}/kernel"], np.float32)).sum(-2)))
+            lengths = np.array(np.sqrt(np.square(np.asarray(quantization.kernel_in(flat, layer), np.float32)).sum(-2)))
             for number, part in parts.items():
                 lengths[() if number is None else number] = part["magnitude_vector"]
             leaves[f"{prefix}magnitude"] = lengths
@@ -280,7 +280,7 @@ def _smore_in(
             )
         layer, number = places[target]
         spec = official.spec_from_config(config, {name: x.shape for name, x in state.items()})
-        d_in, d_out = flat[f"{layer}/kernel"].shape[-2:]
+        d_in, d_out = quantization.shape_in(flat, layer)[-2:]
         for name, width in (("moe_A.0", d_in), ("moe_W_final", d_out)):
             got = state[name].shape[-1 if name == "moe_A.0" else 0] if name in state else None
             if got != width:

@@ -22,6 +22,7 @@ from jaxmethods import tree
 from jaxmethods.generation import sampling
 from jaxmethods.models.decoder import KVCache
 from jaxmethods.models.functional import logits_of
+from jaxmethods.quantization import is_quantized
 from jaxmethods.tree import Tree
 
 
@@ -140,6 +141,7 @@ def _generate(
         and max_new_tokens >= _MANY
         and _is_split(params)
         and getattr(module, "dot_general", _kernel_first) is None
+        and not is_quantized(module)
     ):
         laid_out, stepper = _transposed(params), module.clone(dot_general=_kernel_first)
     seen = {} if images is None else {"images": images}

@@ -6,8 +6,10 @@ from jaxmethods.models.functional import hidden_states, logits, logits_of, seque
 from jaxmethods.models.loading import load, save
 from jaxmethods.models.shapes import shapes
 from jaxmethods.models.tokenizers import load_tokenizer
+from jaxmethods.quantization import dequantize, quantize
 
 __all__ = [
-    "RULES", "Decoder", "DecoderConfig", "KVCache", "Output", "RopeScaling", "hidden_states", "load", "load_tokenizer", "logits",
-    "logits_of", "revision", "save", "sequence_logps", "shapes", "target_logps", "unembedding",
+    "RULES", "Decoder", "DecoderConfig", "KVCache", "Output", "RopeScaling", "dequantize", "hidden_states", "load",
+    "load_tokenizer", "logits", "logits_of", "quantize", "revision", "save", "sequence_logps", "shapes", "target_logps",
+    "unembedding",
 ]  # fmt: skip

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmethods.kernels.attention import attention
 from jaxmethods.kernels.linear import dot_general
+from jaxmethods.models.dense import QuantizedDense
 
 RULES = (
     (r"embed_tokens/embedding", P("tensor", "fsdp")),
@@ -29,7 +30,8 @@ RULES = (
     (r"(o_proj|down_proj)/kernel", P("tensor", "fsdp")),
     (r"(q_proj|k_proj|v_proj)/bias", P("tensor")),
 )
-"""Where a decoder's parameters lie: megatron-style over `tensor`, the other matrix axis over `fsdp`."""
+"""Where a decoder's parameters lie: megatron-style over `tensor`, the other matrix axis over `fsdp`. What starts with
+"kernel" lies alike: the scales of a quantised kernel as its codes."""
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
 REMAT = ("none", "dots", "full")
@@ -190,17 +192,20 @@ class _Part(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     dot_general: Any = None
+    quantization: str | None = None
 
     def dense(self, x: Array, features: int, name: str, use_bias: bool = False) -> Array:
-        layer = nn.Dense(
-            features,
-            use_bias=use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            dot_general=self.dot_general or dot_general,
-            name=name,
-        )
+        told: Any = dict(use_bias=use_bias, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+        if self.quantization is None:
+            layer = nn.Dense(features, dot_general=self.dot_general or dot_general, **told)
+        else:
+            layer = QuantizedDense(features, dot_general=self.dot_general, quantization=self.quantization, **told)
         return checkpoint_name(layer(x), "linear")
+
+    @property
+    def told(self) -> tuple[Any, ...]:
+        """What the parts of this part are told, in the order of their fields."""
+        return self.config, self.dtype, self.param_dtype, self.dot_general, self.quantization
 
     def norm(self, name: str) -> RMSNorm:
         return RMSNorm(self.config.rms_norm_eps, self.config.norm_plus_one, self.param_dtype, name=name)
@@ -246,7 +251,7 @@ class Layer(_Part):
     def __call__(self, carry, scanned, shared: _Shared):  # type: ignore[no-untyped-def]
         x, cache = carry
         layer, window = scanned
-        part = lambda kind, name: kind(self.config, self.dtype, self.param_dtype, self.dot_general, name=name)
+        part = lambda kind, name: kind(*self.told, name=name)
         after = lambda name, y: self.norm(name)(y) if self.config.post_norms else y
         # Gemma-2 norms what each half adds, and so calls the norm before the MLP by another name than the others do.
         before_mlp = "pre_feedforward_layernorm" if self.config.post_norms else "post_attention_layernorm"
@@ -290,7 +295,7 @@ class Backbone(_Part):
             in_axes=(0, nn.broadcast),
             length=c.num_layers,
             unroll=self.unroll,
-        )(c, self.dtype, self.param_dtype, self.dot_general, name="layers")
+        )(*self.told, name="layers")
 
         held = None if cache is None else (cache.k, cache.v)
         (x, held), _ = layers((x, held), (jnp.arange(c.num_layers), _windows(c)), shared)
@@ -331,6 +336,8 @@ class Decoder(nn.Module):
         unroll: layers a step of the scan; more compiles longer and may run faster.
         dot_general: the product of every linear layer, called like `jax.lax.dot_general`; by default
             `jaxmethods.kernels.linear.dot_general`.
+        quantization: "int8" or "int4" where the kernels of linear layers are quantised (`models.quantize`); they are then
+            frozen. Embeddings, norms, biases and the output matrix are not quantised.
     """
 
     config: DecoderConfig
@@ -339,6 +346,7 @@ class Decoder(nn.Module):
     remat: str = "none"
     unroll: int = 1
     dot_general: Any = None
+    quantization: str | None = None
 
     @nn.compact
     def __call__(
@@ -369,7 +377,6 @@ class Decoder(nn.Module):
             positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1 + before, 0)
         if not self.config.tie_embeddings:
             Unembedding(self.config, self.param_dtype, name="lm_head")()
-        backbone = Backbone(
-            self.config, self.dtype, self.param_dtype, self.dot_general, self.remat, self.unroll, name="model"
-        )
+        told = self.config, self.dtype, self.param_dtype, self.dot_general, self.quantization
+        backbone = Backbone(*told, self.remat, self.unroll, name="model")
         return Output(*backbone(tokens, segment_ids, jnp.asarray(positions, jnp.int32), cache))

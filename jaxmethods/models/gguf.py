@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxmethods.kernels.quantized import BLOCK, Quantized
 from jaxmethods.models.decoder import DecoderConfig, RopeScaling
 from jaxmethods.models.layout import Slices, assemble, check_tensors, layout
 from jaxmethods.tree import Tree
@@ -59,6 +60,24 @@ class Gguf:
                 "take a file of another quantisation, such as Q8_0."
             ) from None
         return opened if len(tensor.shape) > 1 else opened[rows]
+
+    def blocks(self, name: str, rows: np.ndarray | slice, blocks: slice, kind: str) -> Quantized | None:
+        """Some blocks of some rows of a matrix as they are stored, blocks along the first axis; None where their format is
+        not that of `kind`."""
+        from gguf import GGMLQuantizationType
+
+        tensor = self.tensors[name]
+        if tensor.format != {"int8": GGMLQuantizationType.Q8_0, "int4": GGMLQuantizationType.Q4_1}[kind]:
+            return None
+        count = tensor.shape[-1] // BLOCK
+        size = _row_bytes(tensor.format, BLOCK)
+        mapped = np.memmap(self.path, np.uint8, "r", tensor.offset, (tensor.shape[0], count, size))
+        found = np.array(mapped[rows, blocks])
+        half = lambda first: found[..., first : first + 2].copy().view(np.float16)[..., 0].T
+        columns = lambda codes: codes.reshape(len(found), -1).T
+        if kind == "int8":
+            return Quantized(columns(found[..., 2:].view(np.int8)), half(0))
+        return Quantized(columns(found[..., 4:]), half(0), half(2))
 
 
 def _row_bytes(kind: int, length: int) -> int:
@@ -289,12 +308,16 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
     return f"{'blk.{}.' if module.startswith(layer) else ''}{names[module.removeprefix(layer)]}.{kind}"
 
 
-def read_params(file: Gguf, config: DecoderConfig, *, dtype: Any, shardings: Tree | None = None) -> Tree:
+def read_params(
+    file: Gguf, config: DecoderConfig, *, dtype: Any, shardings: Tree | None = None, quantize: str | None = None
+) -> Tree:
     """The parameters of `Decoder(config)` from a GGUF file, dequantised tensor by tensor.
 
     Args:
         dtype: of the parameters.
         shardings: a tree like the parameters'; the default device when None.
+        quantize: "int8" or "int4" for quantised linear layers. Tensors that the file holds in that format (Q8_0, Q4_1) are
+            taken over as they are, others dequantised and quantised anew.
 
     Raises:
         ValueError: tensors that do not fit the configuration, or a block format that is not read.
@@ -305,16 +328,20 @@ def read_params(file: Gguf, config: DecoderConfig, *, dtype: Any, shardings: Tre
     check_tensors(leaves, {name: (t.shape, str(file.path)) for name, t in file.tensors.items() if name not in ignored})
     heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if config.family == "llama" else {}
 
-    def read(name: str, index: Slices) -> np.ndarray:
-        rows: slice | np.ndarray = index[0]
+    def stored_rows(name: str, rows: slice) -> slice | np.ndarray:
         module = name.split(".")[-2]
-        if module in heads:
-            rows = _interleaved(heads[module], config.head_dim)[rows]
-        part = file.rows(name, rows)
+        return _interleaved(heads[module], config.head_dim)[rows] if module in heads else rows
+
+    def read(name: str, index: Slices) -> np.ndarray:
+        module = name.split(".")[-2]
+        part = file.rows(name, stored_rows(name, index[0]))
         part = part[:, index[1]] if len(index) > 1 else part
         return part - 1 if config.norm_plus_one and module.endswith("norm") else part
 
-    return assemble(leaves, read, dtype=dtype, shardings=shardings)
+    def stored(name: str, rows: slice, blocks: slice, kind: str) -> Quantized | None:
+        return file.blocks(name, stored_rows(name, rows), blocks, kind)
+
+    return assemble(leaves, read, dtype=dtype, shardings=shardings, quantize=quantize, stored=stored)
 
 
 def _interleaved(heads: int, head_dim: int) -> np.ndarray:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxmethods import quantization
 from jaxmethods.models import files, weights
 from jaxmethods.models.decoder import DecoderConfig
 from jaxmethods.models.hf_config import config_from_hf, config_to_hf
@@ -39,7 +40,9 @@ def read_config(folder: Path) -> DecoderConfig:
     return config
 
 
-def read_params(folder: Path, config: DecoderConfig, *, dtype: Any, shardings: Tree | None = None) -> Tree:
+def read_params(
+    folder: Path, config: DecoderConfig, *, dtype: Any, shardings: Tree | None = None, quantize: str | None = None
+) -> Tree:
     """The parameters of `Decoder(config)` from the safetensors files of a folder.
 
     Tensors are read one after the other, straight into their shards: see `layout.assemble`.
@@ -47,6 +50,7 @@ def read_params(folder: Path, config: DecoderConfig, *, dtype: Any, shardings: T
     Args:
         dtype: of the parameters, whatever the files hold.
         shardings: a tree like the parameters', from `sharding.shardings_for`; the default device when None.
+        quantize: "int8" or "int4" for quantised linear layers.
 
     Raises:
         ValueError: tensors that do not fit the configuration, broken files, pickled weights.
@@ -62,7 +66,7 @@ def read_params(folder: Path, config: DecoderConfig, *, dtype: Any, shardings: T
     def read(name: str, index: Slices) -> np.ndarray:
         return weights.read_slice(name, tensors[name], index)
 
-    return assemble(leaves, read, dtype=dtype, shardings=shardings)
+    return assemble(leaves, read, dtype=dtype, shardings=shardings, quantize=quantize)
 
 
 def _tensors(folder: Path) -> tuple[dict[str, weights.Tensor], str]:
@@ -129,7 +133,7 @@ def save(
         overwrite: replace whatever stands at `path`. Without it, only an earlier save is replaced.
 
     Raises:
-        ValueError: adapter leaves, or parameters that are not those of the configuration.
+        ValueError: adapter leaves, quantised kernels, or parameters that are not those of the configuration.
         FileExistsError: something else stands at `path`.
     """
     target = Path(path).expanduser().absolute()
@@ -169,6 +173,7 @@ def save(
 
 def _check_params(config: DecoderConfig, params: Tree) -> dict[str, Any]:
     flat = flatten(params)
+    quantization.require_plain(params, "models.save")
     if adapters := [path for path in flat if "adapter" in path.split("/")]:
         raise ValueError(
             f"the parameters hold an adapter ({adapters[0]}, {len(adapters)} leaves); write what "

@@ -7,6 +7,7 @@ Checkpoints hold one tensor a layer, matrices as [out, in]; ours hold all layers
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +17,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmethods import quantization
+from jaxmethods.kernels import quantized
+from jaxmethods.kernels.quantized import BLOCK, Quantized
 from jaxmethods.models.decoder import DecoderConfig
 from jaxmethods.tree import Tree, flatten, unflatten
 
 Slices = tuple[slice, ...]
 Read = Callable[[str, Slices], np.ndarray]
 """`read(name, slices)` gives that part of a checkpoint's tensor, as the checkpoint lays it out."""
+Stored = Callable[[str, slice, slice, str], Quantized | None]
+"""`stored(name, rows, blocks, kind)` gives some blocks of some rows of a tensor [out, in], blocks along the first axis; None
+where the tensor is not stored in the format of that kind."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +40,16 @@ class Leaf:
         name: of the tensor; "{}" stands for the layer where there is one tensor a layer.
         shape: of the parameter, layers in front where they are stacked.
         transposed: the parameter's matrix is [in, out], the tensor [out, in].
+        part: the field of `Quantized` that this parameter is, of a kernel that is quantised.
+        dtype: of the parameter, whatever the others have.
     """
 
     path: str
     name: str
     shape: tuple[int, ...]
     transposed: bool
+    part: str | None = None
+    dtype: Any = None
 
     @property
     def stacked(self) -> bool:
@@ -91,9 +102,33 @@ def layout(config: DecoderConfig) -> list[Leaf]:
     return leaves
 
 
-def shapes(config: DecoderConfig, dtype: Any) -> Tree:
+def in_parts(leaves: Sequence[Leaf], quantize: str | None) -> list[Leaf]:
+    """The leaves with each kernel of a linear layer as its codes, scales and minimums; as they are where `quantize` is None.
+
+    Raises:
+        ValueError: a layer that cannot be quantised.
+    """
+    return list(leaves) if quantize is None else [part for leaf in leaves for part in _parts(leaf, quantize)]
+
+
+def _parts(leaf: Leaf, kind: str) -> list[Leaf]:
+    """The leaves of a kernel that is quantised; any other leaf as it is."""
+    layer, _, name = leaf.path.rpartition("/")
+    if name != "kernel":
+        return [leaf]
+    depth, d_in, d_out = leaf.shape
+    quantization.require_blocks(layer, d_in)
+    shape = jax.eval_shape(lambda: quantized.draw(jax.random.key(0), d_in, d_out, kind))
+    return [
+        dataclasses.replace(leaf, path=path, shape=(depth, *x.shape), part=field, dtype=x.dtype)
+        for (path, x), field in zip(quantization.leaves(layer, shape).items(), shape._fields, strict=False)
+    ]
+
+
+def shapes(config: DecoderConfig, dtype: Any, quantize: str | None = None) -> Tree:
     """The parameter tree of `Decoder(config)` as shapes, without making any array."""
-    return unflatten({leaf.path: jax.ShapeDtypeStruct(leaf.shape, dtype) for leaf in layout(config)})
+    leaves = in_parts(layout(config), quantize)
+    return unflatten({leaf.path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype or dtype) for leaf in leaves})
 
 
 def check_tensors(leaves: Sequence[Leaf], found: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
@@ -128,7 +163,15 @@ def _listed(files: Sequence[str]) -> str:
     return files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files" if files else "the checkpoint"
 
 
-def assemble(leaves: Sequence[Leaf], read: Read, *, dtype: Any, shardings: Tree | None = None) -> Tree:
+def assemble(
+    leaves: Sequence[Leaf],
+    read: Read,
+    *,
+    dtype: Any,
+    shardings: Tree | None = None,
+    quantize: str | None = None,
+    stored: Stored | None = None,
+) -> Tree:
     """Parameters from a checkpoint's tensors, one leaf after the other.
 
     Without shardings, each leaf goes to the default device: the host holds one leaf beside what is already placed.
@@ -136,17 +179,54 @@ def assemble(leaves: Sequence[Leaf], read: Read, *, dtype: Any, shardings: Tree 
 
     Args:
         shardings: a tree like the parameters', of shardings.
+        quantize: "int8" or "int4" for quantised linear layers; their tensors are quantised on the host, one by one.
+        stored: where some tensors are stored in that format, and are taken over.
     """
-    dtype = np.dtype(dtype)
+    quantising = None if quantize is None else _Quantising(read, quantize, stored)
     placed = None if shardings is None else flatten(shardings)
     flat = {}
-    for leaf in leaves:
+    for leaf in in_parts(leaves, quantize):
+        of_leaf: Read = read
+        if leaf.part is not None:
+            assert quantising is not None
+            of_leaf = functools.partial(quantising.read, leaf.part)
+        own = np.dtype(leaf.dtype or dtype)
         if placed is None:
-            array = jax.device_put(_block(leaf, read, tuple(slice(0, n) for n in leaf.shape), dtype))
+            array = jax.device_put(_block(leaf, of_leaf, tuple(slice(0, n) for n in leaf.shape), own))
         else:
-            array = _sharded(leaf, read, placed[leaf.path], dtype)
+            array = _sharded(leaf, of_leaf, placed[leaf.path], own)
         flat[leaf.path] = array.block_until_ready()  # frees the host's copy before the next leaf is read
     return unflatten(flat)
+
+
+class _Quantising:
+    """Reads parts of quantised kernels from float tensors [out, in], or from such as are stored in the same format."""
+
+    def __init__(self, read: Read, kind: str, stored: Stored | None):
+        self.tensor, self.kind, self.stored = read, kind, stored
+        self.last = "minimum" if kind == "int4" else "scale"
+        self.seen: dict[tuple[Any, ...], Quantized] = {}  # scales, which are found with the codes and read after them
+
+    def read(self, part: str, name: str, index: Slices) -> np.ndarray:
+        rows, columns = index
+        size = 1 if part != "codes" else BLOCK if self.kind == "int8" else BLOCK // 2
+        first, last = columns.start // size, -(-columns.stop // size)
+        q = self.blocks(part, name, rows, slice(first, last))
+        return np.asarray(getattr(q, part)).T[:, columns.start - first * size : columns.stop - first * size]
+
+    def blocks(self, part: str, name: str, rows: slice, blocks: slice) -> Quantized:
+        """Some rows of a tensor and some blocks of them, with the blocks along the first axis."""
+        key = (name, rows.start, rows.stop, blocks.start, blocks.stop)
+        if part != "codes" and key in self.seen:
+            return self.seen.pop(key) if part == self.last else self.seen[key]
+        q = self.stored(name, rows, blocks, self.kind) if self.stored is not None else None
+        if q is None:
+            q = quantized.quantize(
+                self.tensor(name, (rows, slice(blocks.start * BLOCK, blocks.stop * BLOCK))).T, self.kind
+            )
+        if part == "codes":
+            self.seen[key] = q._replace(codes=np.empty((0, 0), np.int8))
+        return q
 
 
 def _sharded(leaf: Leaf, read: Read, sharding: jax.sharding.Sharding, dtype: np.dtype) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxmethods.tree import Tree
 
 
 def load(
-    path: str | os.PathLike[str], *, dtype: Any = jnp.float32, mesh: Mesh | None = None
+    path: str | os.PathLike[str], *, dtype: Any = jnp.float32, mesh: Mesh | None = None, quantize: str | None = None
 ) -> tuple[decoder.Decoder, Tree]:
     """A decoder and its parameters.
 
@@ -25,34 +26,29 @@ def load(
         dtype: of the parameters and of the module's activations.
         mesh: places the parameters by `decoder.RULES`; each process then reads only what its devices hold. The default
             device when None.
+        quantize: "int8" or "int4": linear layers are quantised as they are read (`models.quantize` says what that
+            means), and a GGUF file's own Q8_0 or Q4_1 is taken over to the bit. Everything else has `dtype`.
 
     Returns:
         (module, params): `module.apply({"params": params}, tokens, mask)` gives hidden states, `models.logits` logits.
 
     Raises:
         FileNotFoundError: no model there; the message names what looks similar.
-        ValueError: an architecture or a feature that is not supported, or broken files.
+        ValueError: an architecture or a feature that is not supported, broken files, or a layer that cannot be quantised.
         ConnectionError: a hub name, and the hub does not answer.
     """
     found = files.resolve(path)
     if found.suffix == ".gguf":
         file = gguf.open_gguf(found)
         config = gguf.config_from_gguf(file)
-        return _module(config, dtype), gguf.read_params(
-            file, config, dtype=dtype, shardings=_placed(config, dtype, mesh)
-        )
-    config = huggingface.read_config(found)
-    return _module(config, dtype), huggingface.read_params(
-        found, config, dtype=dtype, shardings=_placed(config, dtype, mesh)
-    )
-
-
-def _module(config: decoder.DecoderConfig, dtype: Any) -> decoder.Decoder:
-    return decoder.Decoder(config, dtype=dtype, param_dtype=dtype)
-
-
-def _placed(config: decoder.DecoderConfig, dtype: Any, mesh: Mesh | None) -> Tree | None:
-    return None if mesh is None else shardings_for(shapes(config, dtype), mesh, decoder.RULES)
+        read: Any = functools.partial(gguf.read_params, file)
+    else:
+        config = huggingface.read_config(found)
+        read = functools.partial(huggingface.read_params, found)
+    expected = shapes(config, dtype, quantize)
+    placed = None if mesh is None else shardings_for(expected, mesh, decoder.RULES)
+    module = decoder.Decoder(config, dtype=dtype, param_dtype=dtype, quantization=quantize)
+    return module, read(config, dtype=dtype, shardings=placed, quantize=quantize)
 
 
 def save(

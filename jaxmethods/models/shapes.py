@@ -45,7 +45,10 @@ def read_config(path: str | os.PathLike[str]) -> DecoderConfig:
     return huggingface.read_config(found)
 
 
-def shapes(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> tuple[Decoder, Tree]:
+def shapes(
+    path: str | os.PathLike[str], *, dtype: Any = jnp.float32, quantize: str | None = None
+) -> tuple[Decoder, Tree]:
     """(module, params) like `load`, with a ShapeDtypeStruct in place of each array."""
     config = read_config(path)
-    return Decoder(config, dtype=dtype, param_dtype=dtype), layout.shapes(config, dtype)
+    module = Decoder(config, dtype=dtype, param_dtype=dtype, quantization=quantize)
+    return module, layout.shapes(config, dtype, quantize)

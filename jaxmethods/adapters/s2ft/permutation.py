@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmethods import tree
+from jaxmethods import quantization, tree
 from jaxmethods.adapters.attach import adapted_layers
 from jaxmethods.tree import Tree
 
@@ -55,8 +55,9 @@ def permute(adapted: Any, params: Tree, coupled: tuple[Coupled, ...] = COUPLED, 
 
     Raises:
         ValueError: a layer that is coupled to nothing, a selection that no order makes adjacent (parts of a head, or
-            of the queries of a key-value head), globally drawn layers.
+            of the queries of a key-value head), globally drawn layers, quantised kernels.
     """
+    quantization.require_plain(params, "s2ft.permute")
     head_dim = head_dim or getattr(getattr(adapted, "config", None), "head_dim", None)
     flat = dict(tree.flatten(params))
     todo = {layer: a for layer, a in adapted_layers(adapted, params) if f"{layer}{_S2FT}indices" in flat}

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxmethods import tree
+from jaxmethods import quantization, tree
 from jaxmethods.adapters.attach import adapted_layers, detach, leaves_of
 from jaxmethods.adapters.s2ft.adapter import S2FT
 from jaxmethods.adapters.s2ft.permutation import unpermute
@@ -52,7 +52,7 @@ def decouple(adapted: Any, params: Tree) -> tuple[Tree, Changes]:
         if not isinstance(adapter, S2FT):
             raise ValueError(f"layer {layer!r} has a {adapter.kind!r} adapter; decouple takes models with S2FT alone.")
         leaves = leaves_of(flat, layer, adapter)
-        kernel, change = flat[f"{layer}/kernel"], adapter.change
+        kernel, change = quantization.kernel_in(flat, layer), adapter.change
         for _ in kernel.shape[2:]:
             change = jax.vmap(change)
         side = "rows" if adapter.side == "in" else "columns"
@@ -71,6 +71,7 @@ def fuse(
         weights: one for each of `changes`; 1 by default.
         disjoint: refuse changes that share channels; disjoint ones survive one another exactly, in any order.
     """
+    quantization.require_plain(params, "s2ft.fuse")
     if weights is not None and len(weights) != len(changes):
         raise ValueError(f"s2ft.fuse: {len(weights)} weights for {len(changes)} changes.")
     if disjoint:
