@@ -6,7 +6,7 @@ Every measurement is a fresh process, and kinds take turns. Three comparisons:
 
 1. full fine-tuning, LoRA and S²FT of equal trained parameters (the paper's recipe for Llama-3, the down projections; and for
    Llama-2, heads of o and channels of down);
-2. S'MoRE, MixLoRA of equal parameters, and S'MoRE's equations written down plainly, with gathers and einsums;
+2. S'MoRE, MixLoRA of equal parameters, and S'MoRE's equations written down plainly in two ways, with gathers and einsums;
 3. a forward pass of 256 rows, each through one of 1, 16 or 256 adapters, LoRA and S²FT of equal size.
 
 Needs the demo model (`make quickstart` installs it).
@@ -54,7 +54,7 @@ class Options:
 
 
 TRAINED = ("full", "lora down", "s2ft down", "lora", "s2ft", "s2ft permuted")
-MIXED = ("mixlora", "smore", "smore gathered")
+MIXED = ("mixlora", "smore", "smore gathered", "smore tree")
 BANKS = (1, 16, 256)
 CASES = (
     "imports", *(f"train {name}" for name in (*TRAINED, *MIXED)),
@@ -77,11 +77,16 @@ def kinds(name: str) -> dict[str, Any]:
         "mixlora": {steps.MLP: MixLoRA(experts=4, fanout=2, rank=16, router_dim=16, gate_dim=16)},
         "smore": {steps.MLP: SMoRE(**spec)},
         "smore gathered": {steps.MLP: gathered(spec)},
+        "smore tree": {steps.MLP: gathered(spec, weights=True)},
     }[name]
 
 
-def gathered(spec: dict[str, Any]) -> Any:
-    """S'MoRE as one would first write it: every expert for every token, top-k, gathers by index, einsums; tokens first."""
+def gathered(spec: dict[str, Any], weights: bool = False) -> Any:
+    """S'MoRE as one would first write it, tokens first: top-k, gathers by index, einsums.
+
+    Every expert is computed for every token and the outputs are gathered (the released code's "subgraph" mode), or, with `weights`, the
+    experts' matrices are gathered for each node of each token's tree (its "tree" mode).
+    """
     import jax
     import jax.numpy as jnp
 
@@ -119,8 +124,13 @@ def gathered(spec: dict[str, Any]) -> Any:
             for layer in range(self.layers):
                 own, (indices, scores) = terms[layer].reshape(len(x), self.experts[layer], -1), routes[layer]
                 b = experts["b"][str(layer)]
-                outputs = jnp.einsum("nsr,srd->nsd", own, b["kernel"]) + b["bias"]
-                flat = jnp.take_along_axis(outputs, indices.reshape(len(x), -1)[..., None], 1)
+                nodes = indices.reshape(len(x), -1)
+                if weights:
+                    chosen = jnp.take_along_axis(own, nodes[..., None], 1)
+                    flat = jnp.einsum("nkr,nkrd->nkd", chosen, b["kernel"][nodes]) + b["bias"][nodes]
+                else:
+                    outputs = jnp.einsum("nsr,srd->nsd", own, b["kernel"]) + b["bias"]
+                    flat = jnp.take_along_axis(outputs, nodes[..., None], 1)
                 picked = flat.reshape(*indices.shape, -1)
                 if state is not None:
                     w = experts["w"][str(layer)]
@@ -236,7 +246,7 @@ def table(o: Options, results: dict[str, list[dict[str, float]]]) -> str:
             )
 
     section("S²FT, LoRA and full fine-tuning", TRAINED, ("full", "lora down", "lora"))
-    section("S'MoRE, MixLoRA, and S'MoRE written down plainly", MIXED, ("mixlora", "smore gathered"))
+    section("S'MoRE, MixLoRA, and S'MoRE written down plainly", MIXED, ("mixlora", "smore gathered", "smore tree"))
     served = [size for size in BANKS if f"serve s2ft {size}" in results]
     if served:
         lines += [

@@ -5,8 +5,8 @@
 
 The setting is that of the S²FT paper's efficiency figure: one device, lengths 512 and 1024, one or two rows, no rematerialisation,
 weights in bfloat16; trained parameters and Adam's moments are float32 here. S²FT is its recipe for Llama-3-8B (down
-projections, 3% of the channels), LoRA that of the paper (rank 32 on q, k, v, up and down). Nothing is run: bytes are the
-compiler's own.
+projections, 3% of the channels), LoRA that of the paper (rank 32 on q, k, v, up and down). S'MoRE and MixLoRA are of equal size, on
+the three maps of every MLP. Nothing is run: bytes are the compiler's own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 import tyro
 
 MODEL = "meta-llama/Meta-Llama-3-8B"
-CASES = ("full", "lora", "s2ft")
+CASES = ("full", "lora", "s2ft", "mixlora", "smore")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,8 @@ def compile_step(o: Options, case: str, rows: int, length: int) -> dict[str, flo
         "full": {},
         "lora": {"(q|k|v|up|down)_proj": adapters.LoRA(rank=32, alpha=64)},
         "s2ft": {"down_proj": adapters.S2FT(fraction=0.03)},
+        "mixlora": {"mlp/(gate|up|down)_proj": adapters.MixLoRA(experts=4, fanout=2, rank=32)},
+        "smore": {"mlp/(gate|up|down)_proj": adapters.SMoRE(experts=(4, 4), fanout=(2, 2), ranks=(16, 16))},
     }[case]
     chips = 4 if case == "full" else 1
     run = Run(
@@ -105,15 +107,15 @@ def table(o: Options, results: dict[tuple[int, int, str], dict[str, float]]) -> 
         f"(libtpu {version('libtpu')}, jax {version('jax')}); bfloat16 weights, float32 trained leaves and moments, no "
         "rematerialisation.",
         "",
-        "| length | rows | step | trained | GiB | of full | of LoRA |",
-        "| ---: | ---: | --- | ---: | ---: | ---: | ---: |",
+        "| length | rows | step | trained | GiB | of full | of LoRA | of MixLoRA |",
+        "| ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for (length, rows, case), result in results.items():
         peak = lambda name, length=length, rows=rows: results[length, rows, name]["peak"]
         lines.append(
             f"| {length} | {rows} | {case}{'*' if result['chips'] > 1 else ''} | {result['trained']:,} "
             f"| {result['peak'] / 2**30:.1f} "
-            f"| {result['peak'] / peak('full'):.2f} | {result['peak'] / peak('lora'):.2f} |"
+            f"| {' | '.join(f'{result["peak"] / peak(other):.2f}' for other in ('full', 'lora', 'mixlora'))} |"
         )
     lines += ["", "\\* One chip cannot hold it: four with `tensor=4`, their bytes added up."]
     return "\n".join(lines)

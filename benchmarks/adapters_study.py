@@ -245,7 +245,8 @@ def run(o: Options, wanted: Mapping[str, Any]) -> dict[str, Any]:
     validation, test = (judged(f"{wanted['task']}-{split}") for split in ("validation", "test"))
     return {
         "trained": 0 if before_training else sum(x.size for x in jax.tree.leaves(state.trained)),
-        "validation_nll": validation["nll"], "nll": test["nll"], "accuracy": test["accuracy"], "other_nll": judged("other")["nll"], "loss": losses[-1] if losses else None,
+        "validation_nll": validation["nll"], "nll": test["nll"], "accuracy": test["accuracy"],
+        "other_nll": judged("other")["nll"], "loss": losses[-1] if losses else None,
         "step_seconds": statistics.median(seconds[1:]) if seconds else None, "peak": processes.peak_bytes(),
     }  # fmt: skip
 
@@ -312,7 +313,9 @@ def main(o: Options) -> None:
         for budget in o.budgets:
             for name, (_, rates) in methods(budget).items():
                 if not o.methods or name in o.methods:
-                    table[task, budget, name] = study.best(task, budget, name, rates[1:2] if o.reduced else rates)
+                    rows = study.best(task, budget, name, rates[1:2] if o.reduced else rates)
+                    forgetting = [{"forgetting": row["other_nll"] - base[task]["other_nll"]} for row in rows]
+                    table[task, budget, name] = [a | b for a, b in zip(rows, forgetting, strict=True)]
     text = report(o, base, table)
     print(text)
     if o.to:

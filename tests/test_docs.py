@@ -61,3 +61,10 @@ def test_the_notebook_of_the_readme(smollm2_file, capsys):
     said = names["models"].load_tokenizer(names["model"]).decode([int(capsys.readouterr().out)])
     assert said.strip() == "Paris"
     assert all("/adapter/smore/" in path for path in tree.flatten(names["trained"]))
+
+
+def test_the_guide_to_adapters():
+    names = shown("docs/adapters_guide.md")
+    alone = names["models"].logits(names["module"], names["base"], names["tokens"])
+    np.testing.assert_allclose(names["logits"], alone, atol=1e-5)  # nothing was trained yet
+    assert names["small"].quantization == "int8"
