@@ -84,8 +84,8 @@ def kinds(name: str) -> dict[str, Any]:
 def gathered(spec: dict[str, Any], weights: bool = False) -> Any:
     """S'MoRE as one would first write it, tokens first: top-k, gathers by index, einsums.
 
-    Every expert is computed for every token and the outputs are gathered (the released code's "subgraph" mode), or, with `weights`, the
-    experts' matrices are gathered for each node of each token's tree (its "tree" mode).
+    Every expert is computed for every token and the outputs are gathered (the released code's "subgraph" mode), or, with
+    `weights`, the experts' matrices are gathered for each node of each token's tree (its "tree" mode).
     """
     import jax
     import jax.numpy as jnp

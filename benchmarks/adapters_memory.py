@@ -112,10 +112,10 @@ def table(o: Options, results: dict[tuple[int, int, str], dict[str, float]]) -> 
     ]
     for (length, rows, case), result in results.items():
         peak = lambda name, length=length, rows=rows: results[length, rows, name]["peak"]
+        ratios = " | ".join(f"{result['peak'] / peak(other):.2f}" for other in ("full", "lora", "mixlora"))
+        star = "*" if result["chips"] > 1 else ""
         lines.append(
-            f"| {length} | {rows} | {case}{'*' if result['chips'] > 1 else ''} | {result['trained']:,} "
-            f"| {result['peak'] / 2**30:.1f} "
-            f"| {' | '.join(f'{result["peak"] / peak(other):.2f}' for other in ('full', 'lora', 'mixlora'))} |"
+            f"| {length} | {rows} | {case}{star} | {result['trained']:,} | {result['peak'] / 2**30:.1f} | {ratios} |"
         )
     lines += ["", "\\* One chip cannot hold it: four with `tensor=4`, their bytes added up."]
     return "\n".join(lines)

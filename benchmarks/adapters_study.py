@@ -72,8 +72,11 @@ class Options:
 # Methods --------------------------------------------------------------------------------------------------------
 
 
-def methods(rank: int) -> dict[str, tuple[dict[str, Any], tuple[float, ...]]]:
-    """Name -> (adapters, learning rates to try). Each has at most the parameters of LoRA at `rank`, and nearly as many."""
+def methods(rank: int) -> dict[str, tuple[dict[str, Any], tuple[float, ...], str]]:
+    """Name -> (adapters, learning rates to try, how the base is stored).
+
+    Each has at most the parameters of LoRA at `rank`, and nearly as many.
+    """
     from jaxmethods.adapters import S2FT, DoRA, HydraLoRA, LoRA, MixLoRA, SMoRE
 
     low_rank, full = (5e-4, 1.5e-3, 5e-3), (3e-5, 1e-4, 3e-4)
@@ -81,7 +84,8 @@ def methods(rank: int) -> dict[str, tuple[dict[str, Any], tuple[float, ...]]]:
     tree = lambda experts, fanout: lambda r: SMoRE(experts=experts, fanout=fanout, ranks=(r,) * len(experts), **router)
     fitted = lambda make: {WIDE: _largest(make, rank)}
     channels = rank * (576 + 1536) // 576  # of the down projection: a LoRA there alone would have a third
-    return {
+    over = {f"LoRA over {base}": ({WIDE: LoRA(rank=rank)}, low_rank, base) for base in ("bfloat16", "int8", "int4")}
+    plain = {
         "full": ({}, full),
         "LoRA": ({WIDE: LoRA(rank=rank)}, low_rank),
         "DoRA": (fitted(lambda r: DoRA(rank=r)), low_rank),
@@ -93,6 +97,7 @@ def methods(rank: int) -> dict[str, tuple[dict[str, Any], tuple[float, ...]]]:
         "S²FT-R": ({"down_proj": S2FT(count=3 * channels)}, low_rank),
         "S²FT-A small": ({"down_proj": S2FT(count=3 * channels, selection="activation", calibration=0.01)}, low_rank),
     }
+    return {name: (*made, "float32") for name, made in plain.items()} | over
 
 
 def _largest(make: Any, rank: int) -> Any:
@@ -186,8 +191,9 @@ def run(o: Options, wanted: Mapping[str, Any]) -> dict[str, Any]:
     from jaxmethods.data import Data, batches, build, evaluation_batches
 
     jax.config.update("jax_compilation_cache_dir", str(Path(o.data) / "compiled"))
-    chosen, _ = methods(wanted["budget"])[wanted["method"]]
-    module, params = models.load(steps.MODEL)
+    chosen, _, stored = methods(wanted["budget"])[wanted["method"]]
+    how = {"dtype": jnp.bfloat16} if stored == "bfloat16" else {"quantize": None if stored == "float32" else stored}
+    module, params = models.load(steps.MODEL, **how)
     module = module.clone(remat="dots")
     tokenizer = models.load_tokenizer(steps.MODEL)
     objective = objectives.Supervised()
@@ -311,7 +317,7 @@ def main(o: Options) -> None:
     for task in o.tasks:
         base[task] = study.result(task=task, budget=o.budgets[0], method="full", learning_rate=0.0, seed=0)
         for budget in o.budgets:
-            for name, (_, rates) in methods(budget).items():
+            for name, (_, rates, _) in methods(budget).items():
                 if not o.methods or name in o.methods:
                     rows = study.best(task, budget, name, rates[1:2] if o.reduced else rates)
                     forgetting = [{"forgetting": row["other_nll"] - base[task]["other_nll"]} for row in rows]

@@ -55,6 +55,12 @@ def timed(
     }  # fmt: skip
 
 
+def compiled(module: Any, params: Any, chosen: Mapping[str, Any], rows: int, length: int) -> Any:
+    """The compiled step of a model that is at hand; it is not run."""
+    step, state, frozen, data = _step(module, params, chosen, rows, length, None, real=True)
+    return step.lower(state, frozen, data).compile()
+
+
 def compile_at_depth(chosen: Mapping[str, Any], depth: int, rows: int, length: int, remat: str) -> dict[str, float]:
     """Seconds to compile the step of a model with so many layers."""
     import jax
