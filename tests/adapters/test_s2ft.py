@@ -11,6 +11,7 @@ import pytest
 
 from jaxmethods import adapters, models, objectives, tree
 from jaxmethods.adapters import S2FT, Call, s2ft
+from jaxmethods.adapters.s2ft.calibration import _Probe
 from tests import tiny
 
 D_IN, D_OUT = 12, 8
@@ -282,6 +283,19 @@ def test_scores_of_a_decoder_leave_padding_out_and_choose_disjoint_extremes():
     wider = {name: np.pad(x, ((0, 0), (0, 5))) for name, x in batch.items()}
     same = s2ft.calibrate(adapted, base, [wider, wider], loss)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4), same, scores)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_activations_cost_a_forward_pass_alone(gradient):
+    """Their scores are a gradient in form; the compiler drops the backward pass, on which they do not depend."""
+    module, base = tiny.decoder()
+    probed = adapters.attach(module, {"down_proj": _Probe("in", gradient)})
+    probes = adapters.partition(adapters.init(probed, base, jax.random.key(0)))[0]
+    loss = lambda module, params: objectives.Supervised().loss_fn(module)(params, tiny.batch(), None)[0].value()
+    products = lambda act, *args: jax.jit(act).lower(*args).compile().as_text().count(" dot(")
+    scores = products(jax.grad(lambda probes, base: loss(probed, tree.combine(probes, base))), probes, base)
+    forward = products(lambda base: loss(module, base), base)
+    assert scores > 2 * forward if gradient else scores <= forward
 
 
 # The permuted form ----------------------------------------------------------------------------------------------
