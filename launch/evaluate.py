@@ -129,13 +129,14 @@ def _next_steps(console: Console, workdir: str, opened: Opened) -> None:
     if picture.exists():
         console.print(f"loss over steps  {picture}")
     program = _program()
-    console.print(f"ask it           {program} generate {workdir} --prompt TEXT", markup=False)
+    console.print(f"ask it           {program} generate {workdir} --prompt TEXT", markup=False, soft_wrap=True)
     token_dependent = opened.run is not None and any(
         getattr(a, "token_dependent", False) for a in opened.run.adapters.values()
     )
     console.print(
         f"export it        {program} export {workdir} --to OUT --format {'peft' if token_dependent else 'hf'}",
         markup=False,
+        soft_wrap=True,
     )
 
 
