@@ -33,7 +33,7 @@ def timed(
     Args:
         prepare: from the adapted module and its parameters to other parameters of it.
     """
-    from jaxmethods import models
+    from jaxmethods import models, tree
     from jaxmethods.launch import cost
 
     module, params = models.load(MODEL)
@@ -51,7 +51,7 @@ def timed(
         seconds.append(time.perf_counter() - start)
     return {
         "seconds": statistics.median(seconds[2:]), "loss": loss, "compile": compile_seconds, "matmul_flops": matmul_flops,
-        "trained": sum(x.size for x in _leaves(state.trained)),
+        "trained": tree.count(state.trained),
     }  # fmt: skip
 
 
@@ -100,9 +100,3 @@ def _step(
     }  # fmt: skip
     data["target_mask"][:, 0] = False
     return step, state, frozen, data
-
-
-def _leaves(tree: Any) -> list[Any]:
-    import jax
-
-    return jax.tree.leaves(tree)

@@ -49,9 +49,7 @@ def save(path: Any, adapted: Any, params: Tree, *, base_model: str | None = None
     }
     flat = tree.flatten(params)
     leaves = {name: np.asarray(x) for name, x in flat.items() if is_adapter(name)}
-    _check(
-        leaves, adapted, tree.unflatten({name: x for name, x in flat.items() if name not in leaves}), "adapters.save"
-    )
+    check(leaves, adapted, tree.unflatten({name: x for name, x in flat.items() if name not in leaves}), "adapters.save")
     write_folder(path, {CONFIG: (json.dumps(described, indent=2) + "\n").encode(), WEIGHTS: serialise(leaves)})
 
 
@@ -62,26 +60,19 @@ def load(path: Any, module: Any, base_params: Tree) -> tuple[Any, Tree]:
         FileNotFoundError: no such folder or file.
         ValueError: an adapter of another base, naming the first leaf whose name or shape differs.
     """
-    folder = epath.Path(path)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"{path} holds no {name}; adapters.save writes {CONFIG} and {WEIGHTS}.")
-    try:
-        described, leaves = json.loads((folder / CONFIG).read_text()), parse((folder / WEIGHTS).read_bytes())
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    described, leaves = read_folder(path, CONFIG, WEIGHTS, f"adapters.save writes {CONFIG} and {WEIGHTS}")
     pairs = {}
     for pattern, fields in described["adapters"].items():
         tree.require_one_of(f"{CONFIG}: kind", fields["kind"], tuple(KINDS))
         fields = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items() if name != "kind"}
         pairs[pattern] = KINDS[described["adapters"][pattern]["kind"]](**fields)
     adapted = attach(module, pairs)
-    _check(leaves, adapted, base_params, str(path))
+    check(leaves, adapted, base_params, str(path))
     flat = tree.flatten(base_params) | {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
     return adapted, tree.unflatten(flat)
 
 
-def _check(leaves: dict[str, Any], adapted: Any, base_params: Tree, where: str) -> None:
+def check(leaves: dict[str, Any], adapted: Any, base_params: Tree, where: str) -> None:
     """Raises ValueError for the first leaf that these adapters on this base would not have."""
     wanted = {name: x for name, x in tree.flatten(init_shapes(adapted, base_params)).items() if is_adapter(name)}
     for name in (*leaves, *wanted):
@@ -91,6 +82,23 @@ def _check(leaves: dict[str, Any], adapted: Any, base_params: Tree, where: str) 
                 f"{where}: leaf {name!r} has {found} and the model makes it {fits}; it is an adapter of another base, or "
                 "of permuted kernels (s2ft.unpermute)."
             )
+
+
+def read_folder(path: Any, config: str, weights: str, hint: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The content of a folder's JSON and safetensors files.
+
+    Raises:
+        FileNotFoundError: one of them is not there; `hint` says what should be.
+        ValueError: one that cannot be read.
+    """
+    folder = epath.Path(path)
+    for name in (config, weights):
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{path} holds no {name}; {hint}.")
+    try:
+        return json.loads((folder / config).read_text()), parse((folder / weights).read_bytes())
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def write_folder(path: Any, files: dict[str, bytes]) -> None:

@@ -20,13 +20,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from jaxmethods import quantization, tree
-from jaxmethods.adapters.attach import adapted_layers, attach, init_shapes, layers, leaves_of
+from jaxmethods.adapters.attach import adapted_layers, attach, layers, leaves_of
 from jaxmethods.adapters.base import AnyAdapter
-from jaxmethods.adapters.files import write_folder
+from jaxmethods.adapters.files import check, read_folder, write_folder
 from jaxmethods.adapters.lora import DoRA, LoRA
 from jaxmethods.adapters.smore import SMoRE, official
 from jaxmethods.tree import Tree
@@ -79,24 +78,13 @@ def load_peft(path: Any, module: Any, base_params: Tree) -> tuple[Any, Tree]:
         ValueError: a type or option that has no place here, or an adapter of another base: the first array whose name or
             shape does not fit is named.
     """
-    folder = epath.Path(path)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"{path} holds no {name}; a PEFT adapter is a folder with {CONFIG} and {WEIGHTS}.")
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        arrays = load((folder / WEIGHTS).read_bytes())
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    config, arrays = read_folder(path, CONFIG, WEIGHTS, f"a PEFT adapter is a folder with {CONFIG} and {WEIGHTS}")
     places = {name: place for layer, shape in layers(base_params).items() for name, place in _names(layer, shape)}
     kind = config.get("peft_type")
     tree.require_one_of("peft_type", str(kind), ("LORA", "HIER_MOE"))
     pairs, leaves = (_lora_in if kind == "LORA" else _smore_in)(config, arrays, places, tree.flatten(base_params))
     adapted = attach(module, pairs)
-    wanted = tree.flatten(init_shapes(adapted, base_params))
-    for name, leaf in leaves.items():
-        if name not in wanted or wanted[name].shape != leaf.shape:
-            raise ValueError(f"{path}: leaf {name!r} of shape {leaf.shape} has no place in the adapted model.")
+    check(leaves, adapted, base_params, str(path))
     return adapted, tree.unflatten(
         tree.flatten(base_params) | {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
     )
