@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 
-def run(script: str, arguments: Sequence[str], threads: int, environment: Mapping[str, str]) -> Any:
-    """Runs a script on `threads` cores of the CPU, offline; what its last line says in JSON."""
+def run(script: str, arguments: Sequence[str], threads: int, environment: Mapping[str, str], *, lane: int = 0) -> Any:
+    """Runs a script on `threads` cores of the CPU, offline; what its last line says in JSON.
+
+    Runs at the same time each take a lane, so that they do not share cores.
+    """
     settings = {
         "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
     }  # fmt: skip
     line = [sys.executable, script, *arguments]
     if hasattr(os, "sched_setaffinity"):
-        line = ["taskset", "-c", f"0-{threads - 1}", *line]
+        line = ["taskset", "-c", f"{lane * threads}-{(lane + 1) * threads - 1}", *line]
     done = subprocess.run(line, env=os.environ | settings | environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
