@@ -6,7 +6,7 @@ Every measurement is a fresh process, and kinds take turns. Three comparisons:
 
 1. full fine-tuning, LoRA and S²FT of equal trained parameters (the paper's recipe for Llama-3, the down projections; and for
    Llama-2, heads of o and channels of down);
-2. S'MoRE, MixLoRA of equal parameters, and S'MoRE's equations written down plainly in two ways, with gathers and einsums;
+2. S'MoRE, MixLoRA of equal parameters, and S'MoRE's equations written down plainly in three ways, with gathers and einsums;
 3. a forward pass of 256 rows, each through one of 1, 16 or 256 adapters, LoRA and S²FT of equal size.
 
 Needs the demo model (`make quickstart` installs it).
@@ -54,7 +54,7 @@ class Options:
 
 
 TRAINED = ("full", "lora down", "s2ft down", "lora", "s2ft", "s2ft permuted")
-MIXED = ("mixlora", "smore", "smore gathered", "smore tree")
+MIXED = ("mixlora", "smore", "smore gathered", "smore tree", "smore literal")
 BANKS = (1, 16, 256)
 CASES = (
     "imports", *(f"train {name}" for name in (*TRAINED, *MIXED)),
@@ -76,16 +76,19 @@ def kinds(name: str) -> dict[str, Any]:
         "s2ft permuted": {"down_proj": S2FT(count=48)},
         "mixlora": {steps.MLP: MixLoRA(experts=4, fanout=2, rank=16, router_dim=16, gate_dim=16)},
         "smore": {steps.MLP: SMoRE(**spec)},
-        "smore gathered": {steps.MLP: gathered(spec)},
-        "smore tree": {steps.MLP: gathered(spec, weights=True)},
+        "smore gathered": {steps.MLP: gathered(spec, "outputs")},
+        "smore tree": {steps.MLP: gathered(spec, "b")},
+        "smore literal": {steps.MLP: gathered(spec, "a and b")},
     }[name]
 
 
-def gathered(spec: dict[str, Any], weights: bool = False) -> Any:
+def gathered(spec: dict[str, Any], form: str) -> Any:
     """S'MoRE as one would first write it, tokens first: top-k, gathers by index, einsums.
 
-    Every expert is computed for every token and the outputs are gathered (the released code's "subgraph" mode), or, with
-    `weights`, the experts' matrices are gathered for each node of each token's tree (its "tree" mode).
+    What is gathered for the nodes of each token's tree:
+        outputs: every expert is computed for every token first (the released code's "subgraph" mode).
+        b: the experts' matrices B; A of all experts is still one product (its "tree" mode).
+        a and b: the experts' matrices A and B, which is the sum over a node's children as the paper prints it.
     """
     import jax
     import jax.numpy as jnp
@@ -119,14 +122,22 @@ def gathered(spec: dict[str, Any], weights: bool = False) -> Any:
                 context = jnp.broadcast_to(context[..., None, :], (*indices.shape, context.shape[-1]))
                 context = jnp.concatenate([context, gate["keys"][indices]], -1)
             ends = np.cumsum([s * r for s, r in zip(self.experts, self.ranks, strict=True)])[:-1]
-            terms = jnp.split(x @ experts["a"]["kernel"] + experts["a"]["bias"], ends, -1)
+            if form == "a and b":
+                down = [jnp.split(experts["a"][name], ends, -1) for name in ("kernel", "bias")]
+            else:
+                terms = jnp.split(x @ experts["a"]["kernel"] + experts["a"]["bias"], ends, -1)
             state = None
             for layer in range(self.layers):
-                own, (indices, scores) = terms[layer].reshape(len(x), self.experts[layer], -1), routes[layer]
-                b = experts["b"][str(layer)]
+                (indices, scores), b, s = routes[layer], experts["b"][str(layer)], self.experts[layer]
                 nodes = indices.reshape(len(x), -1)
-                if weights:
+                if form == "a and b":
+                    kernel, bias = (part[layer].reshape(-1, s, part[layer].shape[-1] // s) for part in down)
+                    chosen = jnp.einsum("nc,nkcr->nkr", x, kernel.swapaxes(0, 1)[nodes]) + bias[0][nodes]
+                else:
+                    own = terms[layer].reshape(len(x), s, -1)
+                if form == "b":
                     chosen = jnp.take_along_axis(own, nodes[..., None], 1)
+                if form != "outputs":
                     flat = jnp.einsum("nkr,nkrd->nkd", chosen, b["kernel"][nodes]) + b["bias"][nodes]
                 else:
                     outputs = jnp.einsum("nsr,srd->nsd", own, b["kernel"]) + b["bias"]
@@ -246,7 +257,11 @@ def table(o: Options, results: dict[str, list[dict[str, float]]]) -> str:
             )
 
     section("S²FT, LoRA and full fine-tuning", TRAINED, ("full", "lora down", "lora"))
-    section("S'MoRE, MixLoRA, and S'MoRE written down plainly", MIXED, ("mixlora", "smore gathered", "smore tree"))
+    section(
+        "S'MoRE, MixLoRA, and S'MoRE written down plainly",
+        MIXED,
+        ("mixlora", "smore gathered", "smore tree", "smore literal"),
+    )
     served = [size for size in BANKS if f"serve s2ft {size}" in results]
     if served:
         lines += [

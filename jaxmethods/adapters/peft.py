@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -170,8 +170,44 @@ def _lora_in(
     for option, usual in (("bias", "none"), ("fan_in_fan_out", False), ("modules_to_save", None), ("lora_bias", False)):
         if config.get(option, usual) not in (usual, [], None):
             raise ValueError(f"{CONFIG}: {option}={config[option]!r} is not supported; only {usual!r} is.")
-    found: dict[str, dict[int | None, dict[str, Any]]] = collections.defaultdict(lambda: collections.defaultdict(dict))
-    scales: dict[tuple[str, int | None], float] = {}
+    kind = DoRA if config.get("use_dora") else LoRA
+    rslora = bool(config.get("use_rslora"))
+    by_adapter: dict[AnyAdapter, list[str]] = {}
+    leaves: dict[str, Any] = {}
+    for layer, maps in _lora_maps(config, arrays, places, flat).items():
+        # One adapter for the whole stack: of the largest rank and scale, which B makes up for where a map has less.
+        rank, scale = max(part.a.shape[0] for part in maps.values()), max(part.scale for part in maps.values()) or 1.0
+        alpha = scale * (math.sqrt(rank) if rslora else rank)
+        adapter = kind(rank=rank, alpha=alpha, dropout=config.get("lora_dropout", 0.0), rslora=rslora)
+        by_adapter.setdefault(adapter, []).append(layer)
+        *stack, d_in, d_out = quantization.shape_in(flat, layer)
+        own = {"a": np.zeros((*stack, d_in, rank), np.float32), "b": np.zeros((*stack, rank, d_out), np.float32)}
+        if kind is DoRA:  # a map without an adapter keeps the lengths of its own columns
+            kernel = np.asarray(quantization.kernel_in(flat, layer), np.float32)
+            own["magnitude"] = np.sqrt(np.square(kernel).sum(-2))
+        for number, part in maps.items():
+            at, r = () if number is None else number, part.a.shape[0]
+            own["a"][at][:, :r], own["b"][at][:r] = part.a.T, part.b.T * np.float32(part.scale / scale)
+            if kind is DoRA:
+                own["magnitude"][at] = part.magnitude
+        leaves |= {f"{layer}/adapter/{kind.kind}/{name}": leaf for name, leaf in own.items()}
+    return {_pattern(chosen): adapter for adapter, chosen in by_adapter.items()}, leaves
+
+
+class _LoRAMap(NamedTuple):
+    """What a folder says of one linear map."""
+
+    a: np.ndarray  # [rank, d_in]
+    b: np.ndarray  # [d_out, rank]
+    magnitude: np.ndarray | None  # [d_out], of DoRA
+    scale: float
+
+
+def _lora_maps(
+    config: Mapping[str, Any], arrays: dict[str, Any], places: dict[str, Place], flat: dict[str, Any]
+) -> dict[str, dict[int | None, _LoRAMap]]:
+    """By layer, then number in its stack. Raises ValueError for the first array that does not fit the model."""
+    found: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)  # of each map: A, B, magnitude_vector
     for name, array in arrays.items():
         match = re.fullmatch(
             r"(?:base_model\.model\.)?(.+)\.lora_(A|B|magnitude_vector)(?:\.default)?(?:\.weight)?", name
@@ -183,46 +219,27 @@ def _lora_in(
             raise ValueError(
                 f"{WEIGHTS}: {name!r} is of a layer that this model does not have; it is an adapter of another base."
             )
-        layer, number = places[target]
-        d_in, d_out = quantization.shape_in(flat, layer)[-2:]
+        d_in, d_out = quantization.shape_in(flat, places[target][0])[-2:]
         rank = array.shape[1 if part == "B" else 0]
         wanted = {"A": (rank, d_in), "B": (d_out, rank), "magnitude_vector": (d_out,)}[part]
         if array.shape != wanted:
             raise ValueError(
                 f"{WEIGHTS}: {name!r} has shape {array.shape}; this model makes it {wanted}: it is an adapter of another base."
             )
-        found[layer][number][part] = np.asarray(array, np.float32)
-        if part == "A":
-            alpha = _by_pattern(config.get("alpha_pattern"), target, config.get("lora_alpha", 8))
-            scales[layer, number] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    kind = DoRA if config.get("use_dora") else LoRA
-    by_adapter: dict[AnyAdapter, list[str]] = {}
-    leaves: dict[str, Any] = {}
-    for layer, parts in found.items():
-        for number, part in parts.items():
-            if missing := {"A", "B", *(["magnitude_vector"] if kind is DoRA else [])} - part.keys():
-                raise ValueError(f"{WEIGHTS}: layer {layer!r} ({number}) lacks its lora_{missing.pop()}.")
-        rank = max(part["A"].shape[0] for part in parts.values())
-        scale = max(scales[layer, number] for number in parts)
-        alpha = scale * (math.sqrt(rank) if config.get("use_rslora") else rank)
-        adapter = kind(
-            rank=rank, alpha=alpha, dropout=config.get("lora_dropout", 0.0), rslora=bool(config.get("use_rslora"))
-        )
-        by_adapter.setdefault(adapter, []).append(layer)
-        *stack, d_in, d_out = quantization.shape_in(flat, layer)
-        a, b = np.zeros((*stack, d_in, rank), np.float32), np.zeros((*stack, rank, d_out), np.float32)
-        for number, part in parts.items():
-            at: Any = () if number is None else number
-            r = part["A"].shape[0]
-            a[at][:, :r], b[at][:r] = part["A"].T, part["B"].T * np.float32(scales[layer, number] / scale)
-        prefix = f"{layer}/adapter/{kind.kind}/"
-        leaves |= {f"{prefix}a": a, f"{prefix}b": b}
-        if kind is DoRA:
-            lengths = np.array(np.sqrt(np.square(np.asarray(quantization.kernel_in(flat, layer), np.float32)).sum(-2)))
-            for number, part in parts.items():
-                lengths[() if number is None else number] = part["magnitude_vector"]
-            leaves[f"{prefix}magnitude"] = lengths
-    return {_pattern(chosen): adapter for adapter, chosen in by_adapter.items()}, leaves
+        found[target][part] = np.asarray(array, np.float32)
+    maps: dict[str, dict[int | None, _LoRAMap]] = collections.defaultdict(dict)
+    for target, parts in found.items():
+        layer, number = places[target]
+        wanted_parts = ("A", "B", "magnitude_vector") if config.get("use_dora") else ("A", "B")
+        if missing := [part for part in wanted_parts if part not in parts]:
+            raise ValueError(f"{WEIGHTS}: layer {layer!r} ({number}) lacks its lora_{missing[0]}.")
+        rank = parts["A"].shape[0]
+        if parts["B"].shape[1] != rank:
+            raise ValueError(f"{WEIGHTS}: {target!r} has rank {rank} in lora_A and {parts['B'].shape[1]} in lora_B.")
+        alpha = _by_pattern(config.get("alpha_pattern"), target, config.get("lora_alpha", 8))
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        maps[layer][number] = _LoRAMap(parts["A"], parts["B"], parts.get("magnitude_vector"), scale)
+    return maps
 
 
 def _by_pattern(patterns: Mapping[str, float] | None, name: str, usual: float) -> float:

@@ -194,6 +194,14 @@ def test_folders_that_cannot_be_read_or_written(tmp_path):
             adapters.load_peft(tmp_path / "a", module, base)
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
     weights = tmp_path / "a" / "adapter_model.safetensors"
+    arrays = load_file(weights)
+    first = next(name for name in arrays if "lora_B" in name)
+    save_file(arrays | {first: arrays[first][:, :1].copy()}, weights)
+    with pytest.raises(ValueError, match="rank 2 in lora_A and 1 in lora_B"):
+        adapters.load_peft(tmp_path / "a", module, base)
+    save_file({name: x for name, x in arrays.items() if name != first}, weights)
+    with pytest.raises(ValueError, match="lacks its lora_B"):
+        adapters.load_peft(tmp_path / "a", module, base)
     weights.write_bytes(weights.read_bytes()[:-20])
     with pytest.raises(ValueError, match="cannot be read"):
         adapters.load_peft(tmp_path / "a", module, base)
