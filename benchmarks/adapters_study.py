@@ -4,8 +4,8 @@
     python benchmarks/adapters_study.py --reduced                           # the same path in minutes
 
 Two real tasks: writing the impression of a chest X-ray report from its findings (score: nats a token of held-out answers), and
-arithmetic word problems with exactly checkable answers (score: share of held-out answers that greedy decoding gets right in every
-token). Forgetting is the rise in nats a token on text that neither task contains: Python's own language reference, which
+arithmetic questions with exactly checkable answers (score: share of held-out answers that greedy decoding gets right in every token;
+a pair of numbers is asked once, so that no answer can be remembered). Forgetting is the rise in nats a token on text that neither task contains: Python's own language reference, which
 every Python ships.
 
 Every method's learning rate is tuned by the same rule: with one seed, by steps of the square root of ten, until both neighbours of
@@ -145,31 +145,12 @@ def _largest(make: Any, rank: int) -> Any:
 
 
 def arithmetic(seed: int = 0) -> list[dict[str, str]]:
-    """Word problems of one step with whole answers; every pair of numbers occurs once, in one wording."""
-    rng = random.Random(seed)
-    names = ("Mia", "Omar", "Lena", "Jack", "Aisha", "Noah", "Ines", "Paul")
-    things = ("apples", "pencils", "stamps", "marbles", "books", "tickets", "cards", "shells")
-    wordings = {
-        "+": ("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?",
-              "There are {a} {things} in one box and {b} in another. How many {things} are there in all?"),
-        "-": ("{name} has {a} {things} and gives away {b}. How many {things} are left?",
-              "A shop had {a} {things} and sold {b} of them. How many {things} remain?"),
-        "*": ("{name} packs {a} boxes with {b} {things} each. How many {things} is that?",
-              "A ticket lets {a} people take {b} {things} each. How many {things} do they take together?"),
-    }  # fmt: skip
-    pairs = [("+", a, b) for a in range(12, 100) for b in range(12, 100)]
-    pairs += [("-", a, b) for a in range(22, 120) for b in range(11, a)]
-    pairs += [("*", a, b) for a in range(3, 13) for b in range(3, 30)]
-    rng.shuffle(pairs)
-    answers = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
-    return [
-        {
-            "prompt": rng.choice(wordings[sign]).format(name=rng.choice(names), things=rng.choice(things), a=a, b=b)
-            + "\nAnswer:",
-            "answer": f" {answers[sign](a, b)}",
-        }
-        for sign, a, b in pairs
-    ]
+    """Sums, differences and products in words; every pair of numbers occurs once."""
+    rows = [(f"What is {a} plus {b}?", a + b) for a in range(2, 60) for b in range(2, 60)]
+    rows += [(f"What is {a} minus {b}?", a - b) for a in range(5, 80) for b in range(2, a - 1)]
+    rows += [(f"What is {a} times {b}?", a * b) for a in range(2, 21) for b in range(2, 13)]
+    random.Random(seed).shuffle(rows)
+    return [{"prompt": prompt, "answer": f" {answer}"} for prompt, answer in rows]
 
 
 def other_text() -> list[dict[str, str]]:
@@ -194,7 +175,7 @@ def write_data(folder: Path) -> None:
     files: dict[str, list[dict[str, str]]] = {"other": other_text()}
     for task, rows in made.items():
         random.Random(1).shuffle(rows)
-        size = {"reports": 24, "arithmetic": 80}[task]
+        size = {"reports": 24, "arithmetic": 200}[task]
         splits = {"validation": rows[:size], "test": rows[size : 3 * size], "train": rows[3 * size :]}
         files |= {f"{task}-{split}": of for split, of in splits.items()}
     for name, rows in files.items():
