@@ -4,9 +4,9 @@
     python benchmarks/adapters_study.py --reduced                           # the same path in minutes
 
 Two real tasks: writing the impression of a chest X-ray report from its findings (score: nats a token of held-out answers), and
-arithmetic questions with exactly checkable answers (score: share of held-out answers that greedy decoding gets right in every token;
-a pair of numbers is asked once, so that no answer can be remembered). Forgetting is the rise in nats a token on text that neither task contains: Python's own language reference, which
-every Python ships.
+arithmetic questions with exactly checkable answers (score: share of held-out answers that greedy decoding gets right in every
+token; a pair of numbers is asked once, so that no answer can be remembered). Forgetting is the rise in nats a token on text that
+neither task contains: Python's own language reference, which every Python ships.
 
 Every method's learning rate is tuned by the same rule: with one seed, by steps of the square root of ten, until both neighbours of
 the best one are worse on a validation split. The other seeds run at that rate (a quantised base takes the rate of LoRA over
