@@ -92,6 +92,19 @@ def shardings_for(shapes: tree.Tree, mesh: Mesh, rules: Rules) -> tree.Tree:
     return tree.unflatten({p: NamedSharding(mesh, spec_for(p, x.shape, mesh, rules)) for p, x in flat.items()})
 
 
+def split_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Under `jax.jit`: x with its leading axis over `data` and `fsdp`, as far as they divide it, and its other axes whole.
+
+    Without this XLA may let activations follow the parameters, and hold all rows on every device. No mesh: x as it is.
+    """
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rows_spec(x.shape[0], mesh)))
+
+
+def rows_spec(rows: int, mesh: Mesh) -> P:
+    """A leading axis of `rows` over `data` and `fsdp`, as far as they divide it."""
+    return P(_that_divide(("data", "fsdp"), rows, mesh))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, P())

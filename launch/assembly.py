@@ -94,7 +94,7 @@ def assemble(run: Run, module: Any, base: Tree, mesh: Mesh) -> Assembly:
             f"batch_size={run.batch_size} must be a multiple of data x fsdp x accumulate = {least}; "
             f"try batch_size={-(-run.batch_size // least) * least}."
         )
-    module = module.clone(dtype=jnp.dtype(run.compute_dtype), remat=run.remat, unroll=run.unroll)
+    module = module.clone(dtype=jnp.dtype(run.compute_dtype), remat=run.remat, unroll=run.unroll, mesh=mesh)
     params = base
     if run.adapters:
         module = adapters.attach(module, run.adapters)

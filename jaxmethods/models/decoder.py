@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmethods.kernels.attention import attention
 from jaxmethods.kernels.linear import dot_general
 from jaxmethods.models.dense import QuantizedDense
+from jaxmethods.sharding import split_rows
 
 RULES = (
     (r"embed_tokens/embedding", P("tensor", "fsdp")),
@@ -193,6 +194,7 @@ class _Part(nn.Module):
     param_dtype: Any = jnp.float32
     dot_general: Any = None
     quantization: str | None = None
+    mesh: Any = None
 
     def dense(self, x: Array, features: int, name: str, use_bias: bool = False) -> Array:
         told: Any = dict(use_bias=use_bias, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
@@ -205,7 +207,7 @@ class _Part(nn.Module):
     @property
     def told(self) -> tuple[Any, ...]:
         """What the parts of this part are told, in the order of their fields."""
-        return self.config, self.dtype, self.param_dtype, self.dot_general, self.quantization
+        return self.config, self.dtype, self.param_dtype, self.dot_general, self.quantization, self.mesh
 
     def norm(self, name: str) -> RMSNorm:
         return RMSNorm(self.config.rms_norm_eps, self.config.norm_plus_one, self.param_dtype, name=name)
@@ -250,6 +252,7 @@ class Layer(_Part):
     @nn.compact
     def __call__(self, carry, scanned, shared: _Shared):  # type: ignore[no-untyped-def]
         x, cache = carry
+        x = split_rows(x, self.mesh)
         layer, window = scanned
         part = lambda kind, name: kind(*self.told, name=name)
         after = lambda name, y: self.norm(name)(y) if self.config.post_norms else y
@@ -276,6 +279,7 @@ class Backbone(_Part):
         x = embed(tokens)
         if c.embedding_scale:
             x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
+        x = split_rows(x, self.mesh)
 
         kv_positions, kv_segment_ids, start = positions, segment_ids, None
         if cache is not None:
@@ -299,7 +303,7 @@ class Backbone(_Part):
 
         held = None if cache is None else (cache.k, cache.v)
         (x, held), _ = layers((x, held), (jnp.arange(c.num_layers), _windows(c)), shared)
-        x = self.norm("norm")(x)
+        x = split_rows(self.norm("norm")(x), self.mesh)
         if held is not None:
             cache = KVCache(*held, kv_positions, kv_segment_ids, start + tokens.shape[1])
         return x, cache
@@ -338,6 +342,7 @@ class Decoder(nn.Module):
             `jaxmethods.kernels.linear.dot_general`.
         quantization: "int8" or "int4" where the kernels of linear layers are quantised (`models.quantize`); they are then
             frozen. Embeddings, norms, biases and the output matrix are not quantised.
+        mesh: of `jaxmethods.sharding.make_mesh`; rows of activations are then split over `data` and `fsdp`.
     """
 
     config: DecoderConfig
@@ -347,6 +352,7 @@ class Decoder(nn.Module):
     unroll: int = 1
     dot_general: Any = None
     quantization: str | None = None
+    mesh: Any = None
 
     @nn.compact
     def __call__(
@@ -377,6 +383,6 @@ class Decoder(nn.Module):
             positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1 + before, 0)
         if not self.config.tie_embeddings:
             Unembedding(self.config, self.param_dtype, name="lm_head")()
-        told = self.config, self.dtype, self.param_dtype, self.dot_general, self.quantization
+        told = self.config, self.dtype, self.param_dtype, self.dot_general, self.quantization, self.mesh
         backbone = Backbone(*told, self.remat, self.unroll, name="model")
         return Output(*backbone(tokens, segment_ids, jnp.asarray(positions, jnp.int32), cache))

@@ -13,9 +13,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmethods.kernels.token_logprobs import token_logprobs
+from jaxmethods.sharding import rows_spec
 from jaxmethods.tree import Tree
 
 Tokens = Int[Array | np.ndarray, "batch time"]
@@ -93,15 +96,41 @@ def target_logps(
     wanted = following(target_mask).at[:, -1].set(False)
     tied = module.config.tie_embeddings
     matrix = params["model"]["embed_tokens"]["embedding"] if tied else params["lm_head"]["unembedding"]
-    logps = token_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]),
-        matrix.astype(hidden.dtype),
-        following(tokens).reshape(-1),
-        softcap=module.config.final_softcap,
-        where=wanted.reshape(-1),
-        transposed=tied,
-    )
-    return jnp.roll(logps.reshape(wanted.shape), 1, axis=1), aux
+
+    logps_of = functools.partial(_flat_logps, softcap=module.config.final_softcap, transposed=tied)
+    mesh = getattr(module, "mesh", None)
+    if mesh is not None and mesh.size > 1:
+        logps_of = _on_shards(logps_of, mesh, hidden.shape[0], matrix.shape, transposed=tied)
+    logps = logps_of(hidden, matrix.astype(hidden.dtype), following(tokens), wanted)
+    return jnp.roll(logps, 1, axis=1), aux
+
+
+def _flat_logps(
+    hidden: Array, matrix: Array, targets: Array, wanted: Array, **options: Any
+) -> Float[Array, "batch time"]:
+    flat = hidden.reshape(-1, hidden.shape[-1]), matrix, targets.reshape(-1)
+    return token_logprobs(*flat, where=wanted.reshape(-1), **options).reshape(wanted.shape)
+
+
+def _on_shards(logps_of: Any, mesh: Mesh, rows: int, shape: tuple[int, ...], *, transposed: bool) -> Any:
+    """`logps_of`, by each device for its rows (over `data` and `fsdp`) and its part of the vocabulary (over `tensor`).
+
+    The matrix lies as the parameter does and is gathered along its width, so that its gradient is scattered again. Where
+    an axis of the mesh does not divide, its devices do the same.
+    """
+    vocab_axis, width_axis = (0, 1) if transposed else (1, 0)
+    splits = lambda axis, name: mesh.shape[name] > 1 and shape[axis] % mesh.shape[name] == 0
+    names = {vocab_axis: "tensor" if splits(vocab_axis, "tensor") else None,
+             width_axis: "fsdp" if splits(width_axis, "fsdp") else None}  # fmt: skip
+    compact = mesh.devices.flat[0].platform == "cpu"
+
+    def own(hidden: Array, matrix: Array, targets: Array, wanted: Array) -> Array:
+        if names[width_axis]:
+            matrix = jax.lax.all_gather(matrix, names[width_axis], axis=width_axis, tiled=True)
+        return logps_of(hidden, matrix, targets, wanted, axis_name=names[vocab_axis], compact=compact)
+
+    over = rows_spec(rows, mesh)
+    return jax.shard_map(own, mesh=mesh, in_specs=(over, P(names[0], names[1]), over, over), out_specs=over)
 
 
 def sequence_logps(

@@ -1,0 +1,32 @@
+"""What the compiler makes of a run's step on several devices."""
+
+import math
+import re
+
+import jax
+import pytest
+
+from jaxmethods import adapters, sharding
+from jaxmethods.data import Data
+from jaxmethods.launch import Run
+from jaxmethods.launch.assembly import assemble
+from tests import tiny
+
+ROWS, LENGTH, WIDTH, LAYERS = 16, 40, 64, 3
+
+
+@pytest.mark.parametrize(
+    ("axes", "pairs"), [({"fsdp": 4, "tensor": 2}, {}), ({"data": 2, "fsdp": 4}, {"proj": adapters.LoRA(2)})]
+)
+def test_no_device_holds_the_activations_of_all_rows(axes, pairs):
+    module, params = tiny.decoder(hidden_size=WIDTH, intermediate_size=96, vocab_size=128)
+    shapes = jax.eval_shape(lambda: params)
+    run = Run(model="", data=Data(train="x.jsonl", sequence_length=LENGTH), workdir="", batch_size=ROWS, adapters=pairs)
+    made = assemble(run, module, shapes, sharding.make_mesh(axes))
+    text = made.step.lower(made.state, made.frozen, made.batch()).compile().as_text()
+    found = {tuple(map(int, dims.split(","))) for dims in re.findall(r"(?:f32|bf16)\[([\d,]+)\]", text)}
+    size = lambda shape: math.prod(shape[1:] if shape[0] == LAYERS else shape)
+    largest = max(found, key=size)
+    assert size(largest) < ROWS * LENGTH * WIDTH / 2, largest
+    own = ROWS // (axes.get("data", 1) * axes["fsdp"])
+    assert f"f32[{own},{LENGTH},{WIDTH}]" in text
