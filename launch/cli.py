@@ -13,7 +13,7 @@ from typing import Any
 
 COMMANDS: dict[str, str] = {
     "train": "train CONFIG.py [--FIELD VALUE ...]: run a recipe; the same command again resumes",
-    "plan": "plan CONFIG.py [--FIELD VALUE ...]: what the run is, before it runs",
+    "plan": "plan CONFIG.py [--topology v5p:8x8x8] [--json] [--FIELD VALUE ...]: what the run is, before it runs",
     "generate": "generate DIR|MODEL --prompt TEXT: answer a prompt with a run's model or any other",
     "evaluate": "evaluate NAME DIR|MODEL: measure on held-out rows (completion)",
     "export": "export DIR --to OUT [--format hf|peft|adapter]: write a run's model for others",
@@ -83,7 +83,7 @@ def _run_of(command: str, arguments: list[str], extra: Any = None) -> Any:
             sys.exit(0)
         raise ValueError(f"{command} needs a config: jaxmethods {command} CONFIG.py")
     run = config.load_config(positional[0])
-    rest, run = _take_data(arguments[1:], run)
+    rest, run = _take_short_names(arguments[1:], run)
     return tyro.cli(
         tyro.conf.AvoidSubcommands[config.Run],
         prog=f"jaxmethods {command} {positional[0]}",
@@ -93,21 +93,44 @@ def _run_of(command: str, arguments: list[str], extra: Any = None) -> Any:
     )
 
 
-def _take_data(arguments: list[str], run: Any) -> tuple[list[str], Any]:
-    """Takes `--data PATH` (training rows) and `--evaluation PATH` (held-out rows) out of the arguments."""
+def _take(arguments: list[str], flag: str, like: str) -> tuple[list[str], str | None]:
+    """Takes `flag VALUE` or `flag=VALUE` out of the arguments; the last one counts."""
+    rest, value = [], None
+    left = iter(arguments)
+    for argument in left:
+        name, equals, given = argument.partition("=")
+        if name != flag:
+            rest.append(argument)
+            continue
+        value = given if equals else next(left, "--")
+        if not value or value.startswith("--"):
+            raise ValueError(f"{flag} needs a value: {flag} {like}")
+    return rest, value
+
+
+def _take_short_names(arguments: list[str], run: Any) -> tuple[list[str], Any]:
+    """Takes what has a name shorter than its field's out of the arguments.
+
+    `--data PATH` (training rows), `--evaluation PATH` (held-out rows) and `--mesh data=1,fsdp=8` (axes not named keep what
+    the config says).
+    """
     import dataclasses
 
-    rest = [
-        part for a in arguments for part in (a.split("=", 1) if a.startswith(("--data=", "--evaluation=")) else [a])
-    ]
     for flag, field in (("--data", "train"), ("--evaluation", "evaluation")):
-        while flag in rest:
-            at = rest.index(flag)
-            if at + 1 == len(rest) or rest[at + 1].startswith("--"):
-                raise ValueError(f"{flag} needs a path: {flag} ROWS.jsonl")
-            run = dataclasses.replace(run, data=dataclasses.replace(run.data, **{field: rest[at + 1]}))
-            del rest[at : at + 2]
-    return rest, run
+        arguments, path = _take(arguments, flag, "ROWS.jsonl")
+        if path is not None:
+            run = dataclasses.replace(run, data=dataclasses.replace(run.data, **{field: path}))
+    arguments, mesh = _take(arguments, "--mesh", "data=1,fsdp=8")
+    if mesh is not None:
+        axes = [field.name for field in dataclasses.fields(run.mesh)]
+        sizes = dict(part.partition("=")[::2] for part in mesh.split(","))
+        for axis, size in sizes.items():
+            if axis not in axes or not size.removeprefix("-").isdigit():
+                raise ValueError(
+                    f"--mesh: '{axis}={size}' is not AXIS=SIZE; the axes are {', '.join(axes)}, as in --mesh data=1,fsdp=8."
+                )
+        run = dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, **{a: int(n) for a, n in sizes.items()}))
+    return arguments, run
 
 
 def _train(arguments: list[str]) -> None:
@@ -119,9 +142,8 @@ def _train(arguments: list[str]) -> None:
 def _plan(arguments: list[str]) -> None:
     from jaxmethods.launch.plan import plan, show
 
-    as_json = "--json" in arguments
-    run = _run_of("plan", [a for a in arguments if a != "--json"])
-    show(plan(run), as_json=as_json)
+    rest, topology = _take([a for a in arguments if a != "--json"], "--topology", "v5p:8x8x8")
+    show(plan(_run_of("plan", rest), topology), as_json="--json" in arguments)
 
 
 def _generate(arguments: list[str]) -> None:

@@ -13,7 +13,6 @@ anything is compiled.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -400,57 +399,6 @@ _GROUPS: dict[Callable[[JaxprEqn], int], str] = {
 }
 
 _RULES = {name: rule for rule, names in _GROUPS.items() for name in names.split()}
-
-
-# Published peaks: dense bfloat16 operations a second of one JAX device, by a pattern for its `device_kind`;
-# the first that fits is taken. TPUs: https://docs.cloud.google.com/tpu/docs/tpu7x and the page of each other
-# generation there, "peak compute per chip"; where a chip is two JAX devices (v2, v3, 7x) a device is half of it.
-# NVIDIA: the data sheet of each product; numbers "with sparsity" are halved.
-_PEAKS: tuple[tuple[str, float], ...] = (
-    (r"TPU v2", 46e12 / 2),
-    (r"TPU v3", 123e12 / 2),
-    (r"TPU v4", 275e12),
-    (r"TPU v5 lite|TPU v5e", 197e12),
-    (r"TPU v5|TPU v5p", 459e12),
-    (r"TPU v6 lite|TPU v6e", 918e12),
-    (r"TPU7x", 2307e12 / 2),
-    (r".*\bV100-SXM.*", 125e12),  # float16: Volta has no bfloat16
-    (r".*\bT4\b.*", 65e12),  # float16: Turing has no bfloat16
-    (r".*\bA10\b.*", 125e12),
-    (r".*\bA100\b.*", 312e12),
-    (r".*\bL4\b.*", 121e12),
-    (r".*\bL40S\b.*", 362e12),
-    (r".*\bH100 PCIe\b.*", 756e12),
-    (r".*\b(H100|H200) NVL\b.*", 835e12),
-    (r".*\b(H100|H200|GH200)\b.*", 989e12),
-    (r".*\bB200\b.*", 2250e12),
-    (r".*\bGB200\b.*", 2500e12),
-)
-
-
-def peak_flops(device: jax.Device | str) -> float | None:
-    """Published dense bfloat16 operations a second of a device, given as such or as its `device_kind`.
-
-    None for a CPU, for a slice of a GPU (MIG), and for whatever else has no entry in the table.
-
-    >>> peak_flops("TPU v5 lite") / 1e12
-    197.0
-    """
-    kind = device if isinstance(device, str) else device.device_kind
-    if re.search(r"\bMIG\b", kind):
-        return None
-    return next((peak for pattern, peak in _PEAKS if re.fullmatch(pattern, kind)), None)
-
-
-def mfu(flops_per_step: float | int, seconds: float | int, devices: Sequence[jax.Device | str]) -> float | None:
-    """The share of the devices' summed peak that a step of `seconds` reaches; None where a peak is not known.
-
-    `flops_per_step` counts all devices together, as `count` does.
-    """
-    peaks = [peak_flops(device) for device in devices]
-    if not peaks or None in peaks:
-        return None
-    return flops_per_step / (seconds * sum(peak for peak in peaks if peak is not None))
 
 
 def memory(compiled: jax.stages.Compiled) -> dict[str, int]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jaxmethods import quantization, sharding, tree
-from jaxmethods.launch import cost
+from jaxmethods.launch import cost, hlo, targets
 from jaxmethods.launch.assembly import Assembly, assemble, model_shapes
 from jaxmethods.launch.config import Run
 
@@ -20,39 +23,40 @@ COMPILED_UP_TO = 2e9
 """A step with more parameters than this is counted and not compiled for the devices at hand."""
 
 
-def plan(run: Run) -> dict[str, Any]:
-    """The run as plain values: model, trained part, bytes and FLOPs of a step on the devices of this machine.
+def plan(run: Run, topology: str | None = None) -> dict[str, Any]:
+    """The run as plain values: model, trained part, bytes and FLOPs of a step.
 
-    `bytes_per_device` is the compiler's own report where the step is small enough to compile here, else None;
-    `state_bytes_per_device` follows from shapes and shardings alone. `flops_per_step` are counted from the program.
+    Args:
+        topology: compile the step for these devices, such as `v5p:8x8x8`; by default for those of this machine, where the
+            step is small enough.
+
+    Returns:
+        `bytes_per_device`: the compiler's own report, with the `limit` of the device, or None where nothing was compiled;
+        `state_bytes_per_device` follows from shapes and shardings alone. `flops_per_step` are counted from the program.
+        `collectives`: by kind, how many and the bytes a device sends. `roofline`: seconds that a step takes at the published
+        rates of matrix units, memory and interconnect, each alone; `step_seconds_roofline` is the largest of them, and
+        `bound` its name.
 
     Raises:
-        ValueError, FileNotFoundError: what `train` would refuse about config and model.
+        ValueError, FileNotFoundError: what `train` would refuse about config and model; an unknown topology.
+        ImportError: the target's compiler is not installed.
     """
-    mesh = sharding.make_mesh({"data": run.mesh.data, "fsdp": run.mesh.fsdp, "tensor": run.mesh.tensor})
+    devices = jax.devices() if topology is None else targets.devices_of(topology)
+    mesh = sharding.make_mesh(dataclasses.asdict(run.mesh), devices)
     assembly = assemble(run, *model_shapes(run), mesh)
-    trained, total = (
-        tree.count(assembly.state.trained),
-        tree.count(assembly.state.trained) + quantization.count(assembly.frozen),
-    )
-    arguments = (assembly.state, assembly.frozen, assembly.batch())
-    counted = cost.count(assembly.step, *arguments)
-    bytes_per_device, compile_seconds = None, None
-    if total <= COMPILED_UP_TO:
-        start = time.perf_counter()
-        compiled = assembly.step.lower(*arguments).compile()
-        compile_seconds = round(time.perf_counter() - start, 2)
-        bytes_per_device = cost.memory(compiled)
-    devices = list(mesh.devices.flat)
-    peak = cost.peak_flops(devices[0])
+    trained = tree.count(assembly.state.trained)
+    total = trained + quantization.count(assembly.frozen)
+    counted = cost.count(assembly.step, assembly.state, assembly.frozen, assembly.batch())
     config = assembly.module.config
-    return {
+    found = {
         "model": {
             "path": run.model, "family": config.family, "layers": config.num_layers, "width": config.hidden_size,
             "parameters": quantization.count(assembly.base), "dtype": run.param_dtype, "quantize": run.quantize,
         },
         "trained": {"parameters": trained, "share": trained / total, "layers": _layers(assembly)},
-        "devices": {"kind": devices[0].device_kind, "count": len(devices), "mesh": dict(mesh.shape)},
+        "devices": {
+            "topology": topology, "kind": devices[0].device_kind, "count": len(devices), "mesh": dict(mesh.shape),
+        },
         "tokens_per_step": run.batch_size * run.data.sequence_length,
         "steps": run.steps,
         "flops_per_step": counted.flops,
@@ -60,10 +64,63 @@ def plan(run: Run) -> dict[str, Any]:
         "state_bytes_per_device": {
             "trained": _bytes(assembly.state.trained), "optimizer": _bytes(assembly.state.opt), "frozen": _bytes(assembly.frozen),
         },
-        "bytes_per_device": bytes_per_device,
-        "compile_seconds": compile_seconds,
-        "step_seconds_at_peak": counted.flops / len(devices) / peak if peak else None,
     }  # fmt: skip
+    compiles = topology is not None or total <= COMPILED_UP_TO
+    compiled = _compiled(assembly, devices) if compiles else _NOT_COMPILED
+    return found | compiled | _roofline(devices[0], counted.matmul_flops / len(devices), compiled)
+
+
+_NOT_COMPILED: dict[str, Any] = {
+    "bytes_per_device": None, "fits": None, "collectives": None, "memory_traffic_per_device": None, "compile_seconds": None,
+}  # fmt: skip
+
+
+def _compiled(assembly: Assembly, devices: Sequence[Any]) -> dict[str, Any]:
+    """What the compiler says of the step."""
+    chip = targets.chip_of(devices[0])
+    limit = None if chip is None or chip.memory is None else int(chip.memory)
+    start = time.perf_counter()
+    lowered = assembly.step.lower(assembly.state, assembly.frozen, assembly.batch())
+    try:
+        compiled, text = targets.compile_for(lowered, devices[0].platform)
+    except jax.errors.JaxRuntimeError as error:
+        needed = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", str(error))
+        if needed is None:
+            raise
+        size = lambda number, unit: int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit])
+        bytes_needed = {"total": size(*needed.group(1, 2)), "limit": size(*needed.group(3, 4))}
+        seconds = round(time.perf_counter() - start, 2)
+        return _NOT_COMPILED | {"bytes_per_device": bytes_needed, "fits": False, "compile_seconds": seconds}
+    program = hlo.parse(text)
+    memory = cost.memory(compiled)
+    kinds: dict[str, dict[str, float]] = {}
+    for collective in hlo.collectives(program, len(devices)):
+        kind = kinds.setdefault(collective.kind, {"count": 0, "bytes_sent": 0.0})
+        kind["count"] += collective.times
+        kind["bytes_sent"] += collective.sent
+    return {
+        "bytes_per_device": memory | {"limit": limit},
+        "fits": None if limit is None else memory["total"] <= limit,
+        "collectives": kinds,
+        "memory_traffic_per_device": hlo.memory_traffic(program),
+        "compile_seconds": round(time.perf_counter() - start, 2),
+    }
+
+
+def _roofline(device: Any, matmul_flops: float, compiled: dict[str, Any]) -> dict[str, Any]:
+    """Seconds at the published rates, each resource alone, and the one that takes longest."""
+    chip = targets.chip_of(device)
+    if chip is None:
+        return {"roofline": None, "step_seconds_roofline": None, "bound": None}
+    seconds = {"compute": matmul_flops / chip.flops}
+    if compiled["collectives"] is not None:
+        sent = sum(kind["bytes_sent"] for kind in compiled["collectives"].values())
+        if chip.memory_rate:
+            seconds["memory"] = compiled["memory_traffic_per_device"] / chip.memory_rate
+        if chip.link_rate:
+            seconds["interconnect"] = sent / chip.link_rate
+    bound = max(seconds, key=lambda name: seconds[name])
+    return {"roofline": seconds, "step_seconds_roofline": seconds[bound], "bound": bound}
 
 
 def _layers(assembly: Assembly) -> dict[str, int]:
@@ -101,15 +158,29 @@ def show(plan: dict[str, Any], *, as_json: bool) -> None:
         + (f", and {len(trained['layers']) - 8} more" if len(trained["layers"]) > 8 else ""),
         "devices": f"{devices['count']} x {devices['kind']} ({mesh})",
         "a step": f"{plan['tokens_per_step']:,} tokens, {plan['flops_per_step']:.3g} FLOPs"
-        + (f", {plan['step_seconds_at_peak']:.3f} s at the devices' peak" if plan["step_seconds_at_peak"] else ""),
+        + (f", {plan['step_seconds_roofline']:.3f} s at the devices' rates" if plan["roofline"] else ""),
         "a device holds": ", ".join(f"{name} {gib(size)}" for name, size in state.items()),
     }
     if plan["bytes_per_device"]:
-        rows["a step needs"] = ", ".join(f"{name} {gib(size)}" for name, size in plan["bytes_per_device"].items())
+        sizes = {name: size for name, size in plan["bytes_per_device"].items() if size is not None}
+        rows["a step needs"] = ", ".join(f"{name} {gib(size)}" for name, size in sizes.items())
         rows["compiles in"] = f"{plan['compile_seconds']} s"
     else:
         rows["a step needs"] = (
-            f"not compiled here (more than {COMPILED_UP_TO:.0e} parameters): activations are not in the figures"
+            f"not compiled here (more than {COMPILED_UP_TO:.0e} parameters; --topology names a target): activations are not in "
+            "the figures"
+        )
+    if plan["fits"] is not None:
+        rows["fits"] = "yes" if plan["fits"] else "no"
+    if plan["collectives"]:
+        rows["a device sends"] = ", ".join(
+            f"{kind['bytes_sent'] / 2**30:.2f} GiB in {kind['count']} x {name}"
+            for name, kind in plan["collectives"].items()
+        )
+    if plan["roofline"] and len(plan["roofline"]) > 1:
+        rows["at published rates"] = (
+            ", ".join(f"{name} {seconds:.3f} s" for name, seconds in plan["roofline"].items())
+            + f": bound by {plan['bound']}"
         )
     for name, text in rows.items():
         table.add_row(name, escape(text))

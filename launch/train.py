@@ -20,7 +20,7 @@ from rich.console import Console
 
 from jaxmethods import adapters, data, models, quantization, sharding, training, tree
 from jaxmethods.launch import config as run_config
-from jaxmethods.launch import cost, plot, progress
+from jaxmethods.launch import cost, plot, progress, targets
 from jaxmethods.launch.assembly import Assembly, assemble, load_model, model_shapes
 from jaxmethods.launch.config import Run
 from jaxmethods.launch.metrics import MetricsFile
@@ -193,11 +193,11 @@ def _share_at_one_second(assembly: Assembly) -> float | None:
     Counts matrix products, without what rematerialisation repeats.
     """
     devices = list(assembly.mesh.devices.flat)
-    if cost.peak_flops(devices[0]) is None:  # nothing is traced in vain
+    if targets.peak_flops(devices[0]) is None:  # nothing is traced in vain
         return None
     loss_fn = assembly.run.objective.loss_fn(assembly.module.clone(remat="none"))
     step = training.make_train_step(loss_fn, assembly.tx, accumulate=assembly.run.accumulate)
-    return cost.mfu(cost.count(step, assembly.state, assembly.frozen, assembly.batch()).matmul_flops, 1.0, devices)
+    return targets.mfu(cost.count(step, assembly.state, assembly.frozen, assembly.batch()).matmul_flops, 1.0, devices)
 
 
 def _process() -> dict[str, int]:

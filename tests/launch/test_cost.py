@@ -344,36 +344,7 @@ def test_xla_counts_the_same_where_nothing_loops(fn, shapes):
     np.testing.assert_allclose(flops(fn, *shapes), report["flops"] + report.get("transcendentals", 0.0), rtol=0.03)
 
 
-# Devices.
-
-
-def test_peaks_belong_to_one_device():
-    assert cost.peak_flops("TPU v5 lite") == 197e12
-    assert cost.peak_flops("TPU v5") == cost.peak_flops("TPU v5p") == 459e12
-    assert cost.peak_flops("TPU v6 lite") == 918e12
-    assert cost.peak_flops("TPU7x") == 2307e12 / 2  # a chip is two devices
-    assert cost.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert cost.peak_flops("NVIDIA H100 80GB HBM3") == cost.peak_flops("NVIDIA H200") == 989e12
-    assert cost.peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert cost.peak_flops("NVIDIA H200 NVL") == 835e12
-    assert cost.peak_flops("NVIDIA B200") == 2250e12
-    assert cost.peak_flops("NVIDIA GB200") == 2500e12
-    assert cost.peak_flops("NVIDIA L4") == 121e12
-    assert cost.peak_flops("Tesla T4") == 65e12
-
-
-@pytest.mark.parametrize("kind", ["cpu", "NVIDIA H20", "NVIDIA A10G", "TPU v9", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", ""])
-def test_a_device_of_unknown_peak_has_none(kind):
-    assert cost.peak_flops(kind) is None
-    assert cost.mfu(1e12, 1.0, ["NVIDIA H200", kind]) is None
-
-
-def test_utilisation_is_the_share_of_all_devices():
-    assert cost.mfu(989e12, 2.0, ["NVIDIA H200"]) == 0.5
-    assert cost.mfu(989e12, 2.0, ["NVIDIA H200", "NVIDIA H100 80GB HBM3"]) == 0.25
-    assert cost.peak_flops(jax.devices()[0]) is None
-    assert cost.mfu(1e12, 1.0, jax.devices()) is None
-    assert cost.mfu(1e12, 1.0, []) is None
+# Memory.
 
 
 def test_memory_is_arguments_and_results_less_what_they_share():

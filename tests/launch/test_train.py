@@ -225,8 +225,8 @@ def test_tensorboard_a_profile_and_the_share_of_a_known_peak(shop, tmp_path):
     workdir = tmp_path / "watched"
     line = ["train", str(shop / "recipe.py"), "--workdir", str(workdir), "--steps", "4", "--tensorboard", "True"]
     code = f"""
-from jaxmethods.launch import cli, cost
-cost._PEAKS = (("cpu", 1e9), *cost._PEAKS)
+from jaxmethods.launch import cli, targets
+targets.CHIPS = (targets.Chip("cpu", 1e9), *targets.CHIPS)
 cli.main({[*line, "--profile", "2", "3"]!r})
 """
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}

@@ -1,0 +1,314 @@
+"""What a compiled program does, read from its text (HLO): which operations run, how often, and what they send to whom.
+
+A compiler's own cost analysis counts the body of a loop once. The text still has the loops, whose trips are read from
+the comparison that ends them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "token": 0, "opaque": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation: `%name = shape opcode(operands), attributes`."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    """Names; of a parameter or a constant, what stands between its brackets."""
+    attributes: str
+
+    def attribute(self, name: str) -> str | None:
+        """The computation that an attribute names."""
+        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
+        return found and found[1]
+
+    @property
+    def bytes(self) -> int:
+        """Of its result; of a tuple, all of it."""
+        return size_in_bytes(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Computations by name; the one that runs is `entry`."""
+
+    computations: dict[str, dict[str, Instruction]]
+    entry: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """What one device sends in one kind of collective, over a whole run of the program."""
+
+    kind: str
+    group: int
+    """Devices that take part together."""
+    times: int
+    bytes: int
+    """Of the whole array that is gathered, reduced, scattered or exchanged, summed over `times`."""
+    where: str
+    """The operation it comes from, as the program names it."""
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends when the group is a ring; half of them go each way."""
+        share = (self.group - 1) / self.group
+        return self.bytes * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+
+
+def size_in_bytes(shape: str) -> int:
+    """Of `f32[2,3]{1,0}`, or of a tuple of such.
+
+    >>> size_in_bytes("(f32[2,3]{1,0:T(8,128)}, /*index=1*/bf16[4])")
+    32
+    """
+    total = 0
+    for kind, dims in re.findall(r"([a-z]\w*)\[([\d,<=]*)\]", shape):
+        digits = re.match(r"[a-z]+(\d+)", kind)
+        bits = _BITS.get(kind, int(digits[1]) if digits else 0)
+        total += -(-bits * math.prod(int(n.removeprefix("<=")) for n in dims.split(",") if n) // 8)
+    return total
+
+
+def parse(text: str) -> Program:
+    """Reads the text of one module.
+
+    Raises ValueError where it has no entry computation.
+    """
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if not line.startswith(" "):
+            head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$", line)
+            current = None if head is None or line.startswith("HloModule") else computations.setdefault(head[2], {})
+            entry = head[2] if head is not None and head[1] else entry
+        elif current is not None and (found := _instruction(line)):
+            current[found.name] = found
+    if not entry:
+        raise ValueError("the text has no ENTRY computation, so it is no compiled program.")
+    return Program(computations, entry)
+
+
+def _instruction(line: str) -> Instruction | None:
+    head = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line)
+    if head is None:
+        return None
+    at = head.end()
+    end = _closing(line, at) if line[at] == "(" else line.index(" ", at)
+    call = re.compile(r"\s*([\w\-]+)\(").match(line, end)
+    if call is None:
+        return None
+    close = _closing(line, call.end() - 1)
+    inside = line[call.end() : close - 1]
+    names = tuple(re.findall(r"%([\w.\-]+)", inside)) or tuple(part for part in (inside.strip(),) if part)
+    return Instruction(head[1], line[at:end], call[1], names, line[close:])
+
+
+def _closing(line: str, start: int) -> int:
+    """Where the bracket that opens at `start` has been closed."""
+    depth = 0
+    for at in range(start, len(line)):
+        depth += {"(": 1, ")": -1}.get(line[at], 0)
+        if not depth:
+            return at + 1
+    raise ValueError(f"a bracket is never closed in {line[start : start + 80]!r}.")
+
+
+def runs(program: Program) -> Iterator[tuple[Instruction, dict[str, Instruction], int]]:
+    """(instruction, its computation, how often it runs); what stands inside a fusion is part of the fusion's one run.
+
+    A loop whose trips the text does not tell counts once, a conditional as if every branch ran.
+    """
+    yield from _runs(program, program.entry, 1)
+
+
+def _runs(program: Program, name: str, times: int) -> Iterator[tuple[Instruction, dict[str, Instruction], int]]:
+    computation = program.computations[name]
+    for instruction in computation.values():
+        yield instruction, computation, times
+        if instruction.opcode == "while":
+            body, often = instruction.attribute("body"), trips(program, computation, instruction)
+            yield from _runs(program, str(body), times * (1 if often is None else often))
+        elif instruction.opcode in ("call", "async-start", "conditional"):
+            branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+            names = re.findall(r"%?([\w.\-]+)", branches[1]) if branches else []
+            parts = (
+                instruction.attribute(part) for part in ("to_apply", "calls", "true_computation", "false_computation")
+            )
+            for called in (*names, *filter(None, parts)):
+                yield from _runs(program, called, times)
+
+
+def trips(program: Program, computation: dict[str, Instruction], loop: Instruction) -> int | None:
+    """How often the body of a `while` runs; None where that depends on data.
+
+    Read from the compiler's note, else from a condition `counter < constant` whose counter starts at a constant; loops of
+    JAX count in ones.
+    """
+    if noted := re.search(r'known_trip_count"?:\{"n":"?(\d+)', loop.attributes):
+        return int(noted[1])
+    condition = program.computations[str(loop.attribute("condition"))]
+    test = next((i for i in reversed(condition.values()) if i.shape.startswith("pred[]")), None)
+    while test is not None and test.opcode == "fusion":  # the comparison alone, wrapped
+        inner = program.computations[str(test.attribute("calls"))]
+        given = dict(zip((i.name for i in inner.values() if i.opcode == "parameter"), test.operands, strict=False))
+        compare = next((i for i in inner.values() if i.opcode == "compare"), None)
+        test = compare and dataclasses.replace(compare, operands=tuple(given.get(o, o) for o in compare.operands))
+        condition = condition | inner
+    if test is None or test.opcode != "compare" or "direction=LT" not in test.attributes:
+        return None
+    counter, bound = (condition.get(name) for name in test.operands)
+    last = _constant(bound)
+    if counter is None or last is None or counter.opcode != "get-tuple-element":
+        return None
+    index = re.search(r"index=(\d+)", counter.attributes)
+    start = computation.get(loop.operands[0])
+    first = None
+    if index is not None and start is not None and start.opcode == "tuple":
+        first = _constant(_origin(computation, start.operands[int(index[1])]))
+    return max(last - (first or 0), 0)
+
+
+def _origin(computation: dict[str, Instruction], name: str) -> Instruction | None:
+    found = computation.get(name)
+    while found is not None and found.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+        found = computation.get(found.operands[0])
+    return found
+
+
+def _constant(instruction: Instruction | None) -> int | None:
+    if instruction is None or instruction.opcode != "constant":
+        return None
+    text = instruction.operands[0] if instruction.operands else ""
+    return int(text) if re.fullmatch(r"-?\d+", text) else None
+
+
+def collectives(program: Program, devices: int) -> list[Collective]:
+    """What devices send each other in one run, by kind, group and origin, the largest first."""
+    found: dict[tuple[str, int, str], tuple[int, int]] = {}
+    for instruction, computation, times in _with_fused(program):
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            continue
+        if kind == "all-reduce" and _is_scattered(instruction, computation):
+            kind = "reduce-scatter"
+        inputs = sum(computation[name].bytes for name in instruction.operands if name in computation)
+        group = _group(instruction.attributes, devices)
+        whole = inputs * group if kind == "all-gather" else inputs
+        origin = re.search(r'op_name="([^"]*)"', instruction.attributes)
+        key = (kind, group, origin[1] if origin else "")
+        often, so_far = found.get(key, (0, 0))
+        found[key] = often + times, so_far + times * whole
+    made = [Collective(kind, group, often, size, where) for (kind, group, where), (often, size) in found.items()]
+    return sorted((c for c in made if c.group > 1), key=lambda c: -c.sent)
+
+
+def _is_scattered(reduce: Instruction, computation: dict[str, Instruction]) -> bool:
+    """Whether all that is used of an all-reduce is this device's slice: how a TPU's compiler writes a reduce-scatter."""
+    uses = [i for i in computation.values() if reduce.name in i.operands]
+    return bool(uses) and all(i.opcode == "dynamic-slice" for i in uses)
+
+
+def _with_fused(program: Program) -> Iterator[tuple[Instruction, dict[str, Instruction], int]]:
+    """As `runs`, with what stands inside of fusions: a TPU's compiler puts collectives there."""
+    for instruction, computation, times in runs(program):
+        yield instruction, computation, times
+        if instruction.opcode == "fusion":
+            for inner in _inside(program, str(instruction.attribute("calls"))):
+                yield *inner, times
+
+
+def _inside(program: Program, name: str) -> list[tuple[Instruction, dict[str, Instruction]]]:
+    computation = program.computations[name]
+    found = []
+    for instruction in computation.values():
+        found.append((instruction, computation))
+        if instruction.opcode == "fusion":
+            found += _inside(program, str(instruction.attribute("calls")))
+    return found
+
+
+def _group(attributes: str, devices: int) -> int:
+    """Size of a replica group, in each of the ways that it is written."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", mesh[2]))
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
+        return int(iota[2])
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return len(listed[1].split(","))
+    if "source_target_pairs=" in attributes:
+        return 2
+    if written := re.search(r"replica_groups=(?!\{\})[^ ]*", attributes):
+        raise ValueError(f"{written[0]!r} is a way to write groups of devices that is not known here.")
+    return devices
+
+
+def memory_traffic(program: Program) -> int:
+    """Bytes that one run reads from and writes to memory, as if each operation read its operands and wrote its result there.
+
+    Of an operand that an operation only slices, the slice is counted; of an array that it updates in place, the update.
+    """
+    return sum(times * _traffic(program, i, computation) for i, computation, times in runs(program))
+
+
+_FREE = """
+    parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id replica-id iota
+    opt-barrier async-start async-update async-done copy-done all-gather-done all-reduce-done collective-permute-done
+    send recv send-done recv-done
+"""
+_NO_TRAFFIC = frozenset(_FREE.split())
+
+
+def _traffic(program: Program, instruction: Instruction, computation: dict[str, Instruction]) -> int:
+    if instruction.opcode in _NO_TRAFFIC:
+        return 0
+    sizes = [computation[name].bytes if name in computation else 0 for name in instruction.operands]
+    if instruction.opcode == "dynamic-slice":
+        return 2 * instruction.bytes
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * sizes[1]
+    if instruction.opcode == "gather":
+        return 2 * instruction.bytes + sizes[1]
+    if instruction.opcode != "fusion":
+        return sum(sizes) + instruction.bytes
+    reads, written = _fused_traffic(program, str(instruction.attribute("calls")))
+    read = sum(min(size, reads.get(at, size)) for at, size in enumerate(sizes))
+    return read + (instruction.bytes if written is None else written)
+
+
+@functools.lru_cache(maxsize=1)
+def _fusions(key: int) -> dict[str, tuple[dict[int, int], int | None]]:
+    return {}
+
+
+def _fused_traffic(program: Program, name: str) -> tuple[dict[int, int], int | None]:
+    """(bytes read of the operands that are only sliced or updated, by number; bytes written if a slice is updated)."""
+    memo = _fusions(id(program))
+    if name in memo:
+        return memo[name]
+    inner = program.computations[name]
+    reads: dict[int, int] = {}
+    written: int | None = None
+    updates = [i for i in inner.values() if i.opcode == "dynamic-update-slice"]
+    for update in updates:
+        size = inner[update.operands[1]].bytes if update.operands[1] in inner else 0
+        written = (written or 0) + size
+    for parameter in (i for i in inner.values() if i.opcode == "parameter"):
+        uses = [i for i in inner.values() if parameter.name in i.operands]
+        if uses and all(i.opcode == "dynamic-slice" and i.operands[0] == parameter.name for i in uses):
+            reads[int(parameter.operands[0])] = sum(i.bytes for i in uses)
+        elif uses and all(i.opcode == "dynamic-update-slice" and i.operands[0] == parameter.name for i in uses):
+            reads[int(parameter.operands[0])] = 0
+    memo[name] = reads, written
+    return memo[name]

@@ -1,0 +1,144 @@
+"""Compiled programs read from their text, against counts made by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxmethods import sharding
+from jaxmethods.launch import hlo
+
+
+def program(fn, *shapes, **options):
+    return hlo.parse(jax.jit(fn, **options).lower(*shapes).compile().as_text())
+
+
+def collectives(body, shape, axes=(("data", 2), ("fsdp", 4)), *, over="fsdp"):
+    """kind -> (group, times, bytes) of a function on each device's part, [n / 4, ...], of an array."""
+    mesh = sharding.make_mesh(dict(axes))
+    fn = jax.shard_map(body, mesh=mesh, in_specs=P(over), out_specs=P(over), check_vma=False)
+    found = hlo.collectives(program(fn, jax.ShapeDtypeStruct(shape, jnp.float32)), mesh.size)
+    return {c.kind: (c.group, c.times, c.bytes) for c in found}
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "bytes_each"),
+    [
+        ("all-reduce", lambda x: jax.lax.psum(x, "fsdp"), 6 * 8 * 4),
+        ("all-gather", lambda x: jax.lax.all_gather(x, "fsdp", tiled=True)[:6], 4 * 6 * 8 * 4),
+        ("collective-permute", lambda x: jax.lax.ppermute(x, "fsdp", [(i, (i + 1) % 4) for i in range(4)]), 6 * 8 * 4),
+        ("all-to-all", lambda x: jax.lax.all_to_all(x, "fsdp", 1, 1, tiled=True), 6 * 8 * 4),
+        ("reduce-scatter", lambda x: jnp.tile(jax.lax.psum_scatter(x, "fsdp", scatter_dimension=1, tiled=True), 4), 6 * 8 * 4),
+    ],
+)  # fmt: skip
+def test_collectives_of_each_kind_once_and_in_a_scan(name, body, bytes_each):
+    group = 2 if name == "collective-permute" else 4
+    assert collectives(body, (24, 8)) == {name: (group, 1, bytes_each)}
+
+    def repeated(x):
+        return jax.lax.scan(lambda carry, _: (body(carry) * 0.5, None), x, length=5)[0]
+
+    assert collectives(repeated, (24, 8)) == {name: (group, 5, 5 * bytes_each)}
+
+
+def test_a_group_over_one_axis_and_over_two():
+    assert collectives(lambda x: jax.lax.psum(x, "data"), (24, 8))["all-reduce"][0] == 2
+    assert collectives(lambda x: jax.lax.psum(x, ("data", "fsdp")), (24, 8))["all-reduce"][0] == 8
+
+
+def test_what_a_device_sends_on_a_ring():
+    of = lambda kind, group: hlo.Collective(kind, group, 1, 1000, "").sent
+    assert of("all-gather", 4) == of("reduce-scatter", 4) == of("all-to-all", 4) == 750
+    assert of("all-reduce", 4) == 1500 and of("collective-permute", 2) == 1000
+
+
+@pytest.mark.parametrize(
+    ("written", "size"),
+    [
+        ("replica_groups={{0,2,4,6},{1,3,5,7}}, use_global_device_ids=true", 4),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", 4),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}", 2),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0','axis_1'}", 8),
+        (
+            "replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_0'}, dimensions={0}",
+            4,
+        ),
+        ("replica_groups={}", 8),
+    ],
+)
+def test_the_ways_that_groups_are_written(written, size):
+    assert hlo._group(written, 8) == size
+
+
+def test_a_group_in_an_unknown_form_is_refused():
+    with pytest.raises(ValueError, match="not known here"):
+        hlo._group("replica_groups=<new>, dimensions={0}", 8)
+
+
+def test_a_reduction_of_which_each_device_keeps_a_slice_is_a_scatter():
+    """As the TPU compiler writes it, inside of a fusion; in a loop of three trips that counts from one."""
+    text = """HloModule step
+
+%fused (p0: bf16[64,8]) -> bf16[16,8] {
+  %p0 = bf16[64,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.1 = bf16[64,8]{1,0} all-reduce(%p0), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %at = u32[] partition-id()
+  %zero = u32[] constant(0)
+  ROOT %slice = bf16[16,8]{1,0} dynamic-slice(%all-reduce.1, %at, %zero), dynamic_slice_sizes={16,8}
+}
+
+%body (s: (s32[], bf16[64,8])) -> (s32[], bf16[64,8]) {
+  %s = (s32[], bf16[64,8]) parameter(0)
+  %x = bf16[64,8]{1,0} get-tuple-element(%s), index=1
+  %part = bf16[16,8]{1,0} fusion(%x), kind=kCustom, calls=%fused
+}
+
+%condition (s: (s32[], bf16[64,8])) -> pred[] {
+  %s = (s32[], bf16[64,8]) parameter(0)
+  %last = s32[]{:T(128)} constant(4)
+  %n = s32[]{:T(128)} get-tuple-element(%s), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%n, %last), direction=LT
+}
+
+ENTRY %main (x: bf16[64,8]) -> (s32[], bf16[64,8]) {
+  %x = bf16[64,8]{1,0} parameter(0)
+  %one = s32[] constant(1)
+  %start = (s32[], /*index=1*/bf16[64,8]) tuple(%one, %x)
+  ROOT %while = (s32[], bf16[64,8]) while(%start), condition=%condition, body=%body
+}
+"""
+    (found,) = hlo.collectives(hlo.parse(text), 4)
+    assert (found.kind, found.group, found.times, found.bytes) == ("reduce-scatter", 4, 3, 3 * 64 * 8 * 2)
+
+
+def test_trips_of_loops():
+    def trips(fn):
+        made = program(fn, jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.float32))
+        loops = [(i, c) for c in made.computations.values() for i in c.values() if i.opcode == "while"]
+        return [hlo.trips(made, computation, loop) for loop, computation in loops]
+
+    double = lambda i, x: jnp.sin(x) * 2
+    assert trips(lambda n, x: jax.lax.fori_loop(0, 7, double, x)) == [7]
+    assert trips(lambda n, x: jax.lax.scan(lambda c, _: (jnp.sin(c), c), x, length=6)) == [6]
+    assert trips(lambda n, x: jax.lax.fori_loop(0, n, double, x)) == [None]
+
+
+def test_traffic_counts_the_slices_that_a_scan_reads():
+    """A scan over 10 matrices reads each once, not all of them ten times."""
+    size = 10 * 64 * 64 * 4
+    step = lambda x, w: (jnp.tanh(x @ w), None)
+    made = program(
+        lambda x, ws: jax.lax.scan(step, x, ws)[0],
+        jax.ShapeDtypeStruct((1, 64), jnp.float32), jax.ShapeDtypeStruct((10, 64, 64), jnp.float32),
+    )  # fmt: skip
+    assert size <= hlo.memory_traffic(made) <= 4 * size  # each slice is read, and may be copied out first
+
+
+def test_traffic_of_one_elementwise_operation():
+    made = program(lambda x, y: x + y, *[jax.ShapeDtypeStruct((1000,), jnp.float32)] * 2)
+    assert hlo.memory_traffic(made) == 3 * 4000
+
+
+def test_text_that_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY computation"):
+        hlo.parse("HloModule nothing")

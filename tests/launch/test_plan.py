@@ -1,0 +1,75 @@
+"""What a run is, before it runs: for eight devices here, and for TPU slices where their compiler is installed."""
+
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from jaxmethods.launch import cli, config, plan, targets
+
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+
+
+@pytest.fixture
+def recipe(shop):
+    return str(shop / "recipe.py")
+
+
+def run_of(recipe, *arguments):
+    return cli._run_of("plan", [recipe, *arguments])
+
+
+def test_a_mesh_is_given_in_one_word(recipe):
+    assert run_of(recipe, "--mesh", "data=2,fsdp=2,tensor=2").mesh == config.Mesh(2, 2, 2)
+    assert run_of(recipe, "--mesh=tensor=4").mesh == config.Mesh(1, -1, 4)
+    for wrong in ("model=2", "data", "data=x"):
+        with pytest.raises(ValueError, match="is not AXIS=SIZE; the axes are data, fsdp, tensor"):
+            run_of(recipe, "--mesh", wrong)
+    with pytest.raises(ValueError, match="--mesh needs a value"):
+        run_of(recipe, "--mesh", "--json")
+
+
+@pytest.mark.slow
+def test_what_devices_hold_and_send(recipe, monkeypatch):
+    """FSDP gathers each sharded parameter in the forward and the backward pass, and the gradients' sums go round."""
+    rate = dict(memory=1e9, memory_rate=1e9, link_rate=1e8)
+    monkeypatch.setattr(targets, "CHIPS", (targets.Chip("cpu", 1e9, **rate),))
+    run = run_of(recipe, "--mesh", "fsdp=2", "--batch-size", "8", "--accumulate", "1", "--remat", "none")
+    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:2])
+    found = plan.plan(run)
+    held = found["state_bytes_per_device"]
+    assert found["bytes_per_device"]["total"] > sum(held.values()) and found["fits"]
+    sent = {kind: value["bytes_sent"] for kind, value in found["collectives"].items()}
+    # Each device has half of the matrices, and sends it once forward and once backward: both are summed over the layers.
+    matrices = sum(held[part] for part in ("frozen", "trained"))
+    assert 0.7 * matrices < sent["all-gather"] < 3 * matrices
+    seconds = found["roofline"]
+    assert seconds["interconnect"] == pytest.approx(sum(sent.values()) / 1e8)
+    assert found["step_seconds_roofline"] == max(seconds.values()) == seconds[found["bound"]]
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_step_compiled_for_a_slice(command, recipe):
+    line = ["plan", recipe, "--topology", "v5e:2x2", "--mesh", "fsdp=2,tensor=2"]
+    done = command(*line, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["devices"] == {
+        "topology": "v5e:2x2", "kind": "TPU v5 lite", "count": 4, "mesh": {"data": 1, "fsdp": 2, "tensor": 2},
+    }  # fmt: skip
+    assert found["fits"] and found["bytes_per_device"]["limit"] == 16 * 2**30
+    assert (
+        set(found["roofline"]) == {"compute", "memory", "interconnect"}
+        and found["collectives"]["all-gather"]["count"] > 6
+    )
+
+
+@pytest.mark.slow
+def test_a_target_that_is_none_is_refused_in_one_line(command, recipe):
+    done = command("plan", recipe, "--topology", "v9:2x2")
+    assert (
+        done.returncode == 2
+        and done.stderr == "jaxmethods: topology='v9' is unknown; Known: v4, v5e, v5p, v6e, tpu7x.\n"
+    )

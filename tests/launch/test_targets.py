@@ -1,0 +1,94 @@
+"""Chips and topologies; the TPU compiler where it is installed (pip install 'jaxmethods[aot]')."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import pytest
+
+from jaxmethods.launch import targets
+
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+
+
+def test_peaks_belong_to_one_device():
+    assert targets.peak_flops("TPU v5 lite") == 197e12
+    assert targets.peak_flops("TPU v5") == targets.peak_flops("TPU v5p") == 459e12
+    assert targets.peak_flops("TPU v6 lite") == 918e12
+    assert targets.peak_flops("TPU7x") == 2307e12 / 2  # a chip is two devices
+    assert targets.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert targets.peak_flops("NVIDIA H100 80GB HBM3") == targets.peak_flops("NVIDIA H200") == 989e12
+    assert targets.peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert targets.peak_flops("NVIDIA H200 NVL") == 835e12
+    assert targets.peak_flops("NVIDIA B200") == 2250e12
+    assert targets.peak_flops("NVIDIA GB200") == 2500e12
+    assert targets.peak_flops("NVIDIA L4") == 121e12
+    assert targets.peak_flops("Tesla T4") == 65e12
+
+
+@pytest.mark.parametrize("kind", ["cpu", "NVIDIA H20", "NVIDIA A10G", "TPU v9", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", ""])
+def test_a_device_of_unknown_peak_has_none(kind):
+    assert targets.peak_flops(kind) is None
+    assert targets.mfu(1e12, 1.0, ["NVIDIA H200", kind]) is None
+
+
+def test_utilisation_is_the_share_of_all_devices():
+    assert targets.mfu(989e12, 2.0, ["NVIDIA H200"]) == 0.5
+    assert targets.mfu(989e12, 2.0, ["NVIDIA H200", "NVIDIA H100 80GB HBM3"]) == 0.25
+    assert targets.peak_flops(jax.devices()[0]) is None
+    assert targets.mfu(1e12, 1.0, jax.devices()) is None
+    assert targets.mfu(1e12, 1.0, []) is None
+
+
+def test_published_rates_are_in_proportion():
+    """A slip of a factor of 1000 or 8 in the table would fall outside."""
+    for chip in targets.CHIPS:
+        if chip.memory_rate and chip.memory:
+            assert 50 < chip.flops / chip.memory_rate < 700, chip  # operations a byte
+            assert 0.01 < chip.memory / chip.memory_rate < 0.05, chip  # seconds to read all of it
+        if chip.link_rate and chip.memory_rate:
+            assert 3 < chip.memory_rate / chip.link_rate < 15, chip
+
+
+@pytest.mark.parametrize(
+    ("topology", "says"),
+    [
+        ("v9:2x2", "'v9' is unknown"),
+        ("v5p", "chips along each axis"),
+        ("v5p:8", "as in v5p:4x4x4"),
+        ("v5e:ax2", "as in v5e:4x4"),
+    ],
+)
+def test_a_topology_that_is_none_is_refused(topology, says):
+    with pytest.raises(ValueError, match=says):
+        targets.devices_of(topology)
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"jaxmethods\[aot\]"):
+        targets.devices_of("v5p:2x2x1")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("topology", "devices"),
+    [
+        ("v4:4x4x4", 64),
+        ("v5e:1x1", 1),
+        ("v5e:16x16", 256),
+        ("v5p:8x8x8", 512),
+        ("v6e:16x16", 256),
+        ("tpu7x:4x4x4", 128),
+    ],
+)
+def test_slices_have_their_devices_and_rates(topology, devices):
+    found = targets.devices_of(topology)
+    assert len(found) == devices and found[0].platform == "tpu"
+    assert dataclasses.astuple(targets.chip_of(found[0])).count(None) == 0
+
+
+@needs_compiler
+def test_a_shape_that_no_slice_has_is_refused():
+    with pytest.raises(ValueError, match="knows no topology 'v5p:7x9x11'"):
+        targets.devices_of("v5p:7x9x11")
