@@ -64,7 +64,7 @@ class Options:
     """Runs at a time, each on cores of its own."""
     threads: int = 1
     """CPU threads a run."""
-    results: str = "runs/adapters_study.jsonl"
+    results: str = "benchmarks/results/adapters_study.jsonl"
     """Where each run's row is appended."""
     data: str = "build/study"
     """Where the tasks' files are written."""

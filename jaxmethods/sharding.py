@@ -95,9 +95,12 @@ def shardings_for(shapes: tree.Tree, mesh: Mesh, rules: Rules) -> tree.Tree:
 def split_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     """Under `jax.jit`: x with its leading axis over `data` and `fsdp`, as far as they divide it, and its other axes whole.
 
-    Without this XLA may let activations follow the parameters, and hold all rows on every device. No mesh: x as it is.
+    Without this XLA may let activations follow the parameters, and hold all rows on every device. No mesh, or one device: x
+    as it is.
     """
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rows_spec(x.shape[0], mesh)))
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rows_spec(x.shape[0], mesh)))
 
 
 def rows_spec(rows: int, mesh: Mesh) -> P:
