@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -64,6 +64,7 @@ def plan(run: Run, topology: str | None = None) -> dict[str, Any]:
         "state_bytes_per_device": {
             "trained": _bytes(assembly.state.trained), "optimizer": _bytes(assembly.state.opt), "frozen": _bytes(assembly.frozen),
         },
+        "layout": layout(assembly),
     }  # fmt: skip
     compiles = topology is not None or total <= COMPILED_UP_TO
     compiled = _compiled(assembly, devices) if compiles else _NOT_COMPILED
@@ -132,6 +133,22 @@ def _layers(assembly: Assembly) -> dict[str, int]:
     return found
 
 
+def layout(assembly: Assembly) -> dict[str, dict[str, Any]]:
+    """Where each array of the model lies: path -> shape, dtype, the mesh axes over which each of its axes is split, and bytes.
+
+    A trained array's moments lie where it does.
+    """
+    found = {}
+    for part, arrays in (("trained", assembly.state.trained), ("frozen", assembly.frozen)):
+        for path, x in tree.flatten(arrays).items():
+            entries = [*x.sharding.spec, *[None] * (x.ndim - len(x.sharding.spec))]
+            names = ["+".join(e) if isinstance(e, tuple) else e or "-" for e in entries]
+            found[path] = {
+                "part": part, "dtype": str(x.dtype), "shape": list(x.shape), "over": names, "bytes_per_device": _bytes({"": x}),
+            }  # fmt: skip
+    return dict(sorted(found.items()))
+
+
 def _bytes(shapes: tree.Tree) -> int:
     """Bytes on one device, from shapes and shardings."""
     local = lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
@@ -184,4 +201,13 @@ def show(plan: dict[str, Any], *, as_json: bool) -> None:
         )
     for name, text in rows.items():
         table.add_row(name, escape(text))
-    Console().print(table)
+    Console().print(table, _layout_table(plan["layout"], gib))
+
+
+def _layout_table(layout: dict[str, dict[str, Any]], size: Callable[[int], str]) -> Table:
+    table = Table("array", "", "shape", "split over", "on a device", title="where arrays lie", title_justify="left")
+    for path, array in layout.items():
+        split = ", ".join(array["over"]) if set(array["over"]) != {"-"} else "whole"
+        shape = f"{array['dtype']}{array['shape']}"
+        table.add_row(*map(escape, (path, array["part"], shape, split, size(array["bytes_per_device"]))))
+    return table

@@ -25,11 +25,12 @@ from jaxmethods.adapters.serving import bank, for_rows
 from jaxmethods.adapters.smore import HydraLoRA, MixLoRA, SMoRE
 
 RULES = (
-    (r"adapter/(lora|dora)/a$", P("fsdp", None)),
-    (r"adapter/(lora|dora)/b$", P(None, "tensor")),
+    (r"adapter/((lora|dora)/a|smore/(experts/a|router/down)/kernel)$", P(("fsdp", "tensor"), None)),
+    (r"adapter/((lora|dora)/b|smore/experts/proj/kernel|s2ft/delta)$", P(None, ("tensor", "fsdp"))),
     (r"/adapter/", P()),
 )
-"""Where adapter leaves lie."""
+"""Where adapter leaves lie: those with one of the layer's own widths are split along it, over all that holds parameters; the
+small ones are whole on each device, since gathering each would take longer than adding up its gradients."""
 
 __all__ = [
     "RULES", "S2FT", "Adapter", "Call", "DoRA", "HydraLoRA", "LoRA", "MixLoRA", "Result", "SMoRE", "adapted_layers", "attach",
