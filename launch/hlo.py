@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "token": 0, "opaque": 0}
@@ -66,14 +66,18 @@ class Collective:
         return self.bytes * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
 
 
-def size_in_bytes(shape: str) -> int:
-    """Of `f32[2,3]{1,0}`, or of a tuple of such.
+def size_in_bytes(shape: str, *, in_main_memory: bool = False) -> int:
+    """Of `f32[2,3]{1,0}`, or of a tuple of such; all of it, or without what a layout puts into another memory, `S(1)`.
 
-    >>> size_in_bytes("(f32[2,3]{1,0:T(8,128)}, /*index=1*/bf16[4])")
+    >>> size_in_bytes("(f32[2,3]{1,0:T(8,128)}, /*index=1*/bf16[4]{0:S(1)})")
     32
+    >>> size_in_bytes("(f32[2,3]{1,0:T(8,128)}, /*index=1*/bf16[4]{0:S(1)})", in_main_memory=True)
+    24
     """
     total = 0
-    for kind, dims in re.findall(r"([a-z]\w*)\[([\d,<=]*)\]", shape):
+    for kind, dims, layout in re.findall(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?", shape):
+        if in_main_memory and "S(" in layout:
+            continue
         digits = re.match(r"[a-z]+(\d+)", kind)
         bits = _BITS.get(kind, int(digits[1]) if digits else 0)
         total += -(-bits * math.prod(int(n.removeprefix("<=")) for n in dims.split(",") if n) // 8)
@@ -255,11 +259,13 @@ def _group(attributes: str, devices: int) -> int:
 
 
 def memory_traffic(program: Program) -> int:
-    """Bytes that one run reads from and writes to memory, as if each operation read its operands and wrote its result there.
+    """Bytes that one run reads from and writes to main memory, if each operation reads its operands and writes its result.
 
-    Of an operand that an operation only slices, the slice is counted; of an array that it updates in place, the update.
+    Of an operand that an operation only slices, the slice is counted; of an array that it updates in place, the update. What
+    the compiler holds on the chip is not counted.
     """
-    return sum(times * _traffic(program, i, computation) for i, computation, times in runs(program))
+    fused = functools.cache(functools.partial(_fused_traffic, program))
+    return sum(times * _traffic(i, computation, fused) for i, computation, times in runs(program))
 
 
 _FREE = """
@@ -270,45 +276,53 @@ _FREE = """
 _NO_TRAFFIC = frozenset(_FREE.split())
 
 
-def _traffic(program: Program, instruction: Instruction, computation: dict[str, Instruction]) -> int:
+def _traffic(
+    instruction: Instruction, computation: dict[str, Instruction], fused: Callable[[str], tuple[dict[int, int], int]]
+) -> int:
     if instruction.opcode in _NO_TRAFFIC:
         return 0
-    sizes = [computation[name].bytes if name in computation else 0 for name in instruction.operands]
+    written = size_in_bytes(instruction.shape, in_main_memory=True)
+    if instruction.opcode == "copy-start":  # its result names what it reads and what it writes
+        return written
+    operands = [computation[name].shape if name in computation else "" for name in instruction.operands]
+    sizes = [size_in_bytes(shape, in_main_memory=True) for shape in operands]
     if instruction.opcode == "dynamic-slice":
-        return 2 * instruction.bytes
+        return min(sizes[0], instruction.bytes) + written
     if instruction.opcode == "dynamic-update-slice":
         return 2 * sizes[1]
     if instruction.opcode == "gather":
-        return 2 * instruction.bytes + sizes[1]
+        return min(sizes[0], instruction.bytes) + sizes[1] + written
     if instruction.opcode != "fusion":
-        return sum(sizes) + instruction.bytes
-    reads, written = _fused_traffic(program, str(instruction.attribute("calls")))
-    read = sum(min(size, reads.get(at, size)) for at, size in enumerate(sizes))
-    return read + (instruction.bytes if written is None else written)
+        return sum(sizes) + written
+    reads, not_written = fused(str(instruction.attribute("calls")))
+    return sum(min(size, reads.get(at, size)) for at, size in enumerate(sizes)) + max(written - not_written, 0)
 
 
-@functools.lru_cache(maxsize=1)
-def _fusions(key: int) -> dict[str, tuple[dict[int, int], int | None]]:
-    return {}
-
-
-def _fused_traffic(program: Program, name: str) -> tuple[dict[int, int], int | None]:
-    """(bytes read of the operands that are only sliced or updated, by number; bytes written if a slice is updated)."""
-    memo = _fusions(id(program))
-    if name in memo:
-        return memo[name]
+def _fused_traffic(program: Program, name: str) -> tuple[dict[int, int], int]:
+    """(bytes read of the operands that are only sliced or updated, by number; bytes of the result that stay as they are)."""
     inner = program.computations[name]
+    users: dict[str, list[Instruction]] = {}
+    for instruction in inner.values():
+        for operand in instruction.operands:
+            users.setdefault(operand, []).append(instruction)
+
+    def uses(operand: str) -> Iterator[tuple[Instruction, str]]:
+        for user in users.get(operand, []):
+            if user.opcode in ("bitcast", "reshape"):
+                yield from uses(user.name)
+            else:
+                yield user, operand
+
     reads: dict[int, int] = {}
-    written: int | None = None
-    updates = [i for i in inner.values() if i.opcode == "dynamic-update-slice"]
-    for update in updates:
-        size = inner[update.operands[1]].bytes if update.operands[1] in inner else 0
-        written = (written or 0) + size
     for parameter in (i for i in inner.values() if i.opcode == "parameter"):
-        uses = [i for i in inner.values() if parameter.name in i.operands]
-        if uses and all(i.opcode == "dynamic-slice" and i.operands[0] == parameter.name for i in uses):
-            reads[int(parameter.operands[0])] = sum(i.bytes for i in uses)
-        elif uses and all(i.opcode == "dynamic-update-slice" and i.operands[0] == parameter.name for i in uses):
-            reads[int(parameter.operands[0])] = 0
-    memo[name] = reads, written
-    return memo[name]
+        found = list(uses(parameter.name))
+        if all(user.opcode in _PARTIAL and user.operands[0] == operand for user, operand in found):
+            # An array that is updated in place is not read; one that is sliced, or looked up, is read in part.
+            sliced = (user.bytes for user, _ in found if user.opcode != "dynamic-update-slice")
+            reads[int(parameter.operands[0])] = sum(sliced)
+    updates = (i for i in inner.values() if i.opcode == "dynamic-update-slice" and i.operands[1] in inner)
+    results = (update for update in updates if all(user.opcode == "tuple" for user, _ in uses(update.name)))
+    return reads, sum(update.bytes - inner[update.operands[1]].bytes for update in results)
+
+
+_PARTIAL = ("dynamic-slice", "dynamic-update-slice", "gather")
