@@ -13,7 +13,7 @@ from typing import Any
 
 COMMANDS: dict[str, str] = {
     "train": "train CONFIG.py [--FIELD VALUE ...]: run a recipe; the same command again resumes",
-    "plan": "plan CONFIG.py [--topology v5p:8x8x8] [--json] [--FIELD VALUE ...]: what the run is, before it runs",
+    "plan": "plan CONFIG.py [--topology v5p:8x8x8 [--search]] [--json] [--FIELD VALUE ...]: what the run is, before it runs",
     "generate": "generate DIR|MODEL --prompt TEXT: answer a prompt with a run's model or any other",
     "evaluate": "evaluate NAME DIR|MODEL: measure on held-out rows (completion)",
     "export": "export DIR --to OUT [--format hf|peft|adapter]: write a run's model for others",
@@ -140,10 +140,16 @@ def _train(arguments: list[str]) -> None:
 
 
 def _plan(arguments: list[str]) -> None:
-    from jaxmethods.launch.plan import plan, show
+    from jaxmethods.launch.plan import plan, search, show, show_search
 
     rest, topology = _take([a for a in arguments if a != "--json"], "--topology", "v5p:8x8x8")
-    show(plan(_run_of("plan", rest), topology), as_json="--json" in arguments)
+    run, as_json = _run_of("plan", [a for a in rest if a != "--search"]), "--json" in arguments
+    if "--search" not in rest:
+        show(plan(run, topology), as_json=as_json)
+    elif topology is None:
+        raise ValueError("--search needs a target: --topology v5p:8x8x8")
+    else:
+        show_search(search(run, topology), as_json=as_json)
 
 
 def _generate(arguments: list[str]) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from rich.table import Table
 from jaxmethods import quantization, sharding, tree
 from jaxmethods.launch import cost, hlo, targets
 from jaxmethods.launch.assembly import Assembly, assemble, model_shapes
-from jaxmethods.launch.config import Run
+from jaxmethods.launch.config import Mesh, Run
 
 COMPILED_UP_TO = 2e9
 """A step with more parameters than this is counted and not compiled for the devices at hand."""
@@ -35,18 +35,16 @@ def plan(run: Run, topology: str | None = None) -> dict[str, Any]:
         `state_bytes_per_device` follows from shapes and shardings alone. `flops_per_step` are counted from the program.
         `collectives`: by kind, how many and the bytes a device sends. `roofline`: seconds that a step takes at the published
         rates of matrix units, memory and interconnect, each alone; `step_seconds_roofline` is the largest of them, and
-        `bound` its name.
+        `bound` its name. Where the step does not fit, `alternatives` says what each next choice needs (see `choices`).
 
     Raises:
         ValueError, FileNotFoundError: what `train` would refuse about config and model; an unknown topology.
         ImportError: the target's compiler is not installed.
     """
     devices = jax.devices() if topology is None else targets.devices_of(topology)
-    mesh = sharding.make_mesh(dataclasses.asdict(run.mesh), devices)
-    assembly = assemble(run, *model_shapes(run), mesh)
+    assembly = _assembled(run, devices)
     trained = tree.count(assembly.state.trained)
     total = trained + quantization.count(assembly.frozen)
-    counted = cost.count(assembly.step, assembly.state, assembly.frozen, assembly.batch())
     config = assembly.module.config
     found = {
         "model": {
@@ -55,20 +53,84 @@ def plan(run: Run, topology: str | None = None) -> dict[str, Any]:
         },
         "trained": {"parameters": trained, "share": trained / total, "layers": _layers(assembly)},
         "devices": {
-            "topology": topology, "kind": devices[0].device_kind, "count": len(devices), "mesh": dict(mesh.shape),
+            "topology": topology, "kind": devices[0].device_kind, "count": len(devices), "mesh": dict(assembly.mesh.shape),
         },
         "tokens_per_step": run.batch_size * run.data.sequence_length,
         "steps": run.steps,
-        "flops_per_step": counted.flops,
-        "flops_per_device": counted.flops / len(devices),
         "state_bytes_per_device": {
             "trained": _bytes(assembly.state.trained), "optimizer": _bytes(assembly.state.opt), "frozen": _bytes(assembly.frozen),
         },
         "layout": layout(assembly),
     }  # fmt: skip
-    compiles = topology is not None or total <= COMPILED_UP_TO
+    found |= _examined(assembly, devices, compiles=topology is not None or total <= COMPILED_UP_TO)
+    if found["fits"] is False:
+        found["alternatives"] = [_tried(run, change, devices) for change in choices(run, assembly.mesh)]
+    return found
+
+
+def search(run: Run, topology: str) -> list[dict[str, Any]]:
+    """The run on every arrangement of a topology's devices, with micro-batches of several sizes; the best first.
+
+    Those that fit come first, by `step_seconds_roofline`; then the others, by the bytes they need. Each is compiled, which takes
+    a minute or so for a large model.
+    """
+    devices = targets.devices_of(topology)
+    found = []
+    for tensor in (1, 2, 4, 8):
+        for accumulate in (1, 2, 4):
+            fsdp = len(devices) // tensor
+            if len(devices) % tensor or run.batch_size % (fsdp * accumulate):
+                continue
+            mesh = {"mesh": Mesh(1, fsdp, tensor), "accumulate": accumulate}
+            found.append(_tried(run, mesh, devices))
+    if not found:
+        raise ValueError(
+            f"batch_size={run.batch_size} is no multiple of {topology}'s {len(devices)} devices, or of a half, a quarter or "
+            f"an eighth of them; try batch_size={len(devices)}."
+        )
+    return sorted(
+        found, key=lambda one: (not one["fits"], one["step_seconds_roofline"] or one["bytes_per_device"]["total"])
+    )
+
+
+def choices(run: Run, mesh: Any) -> list[dict[str, Any]]:
+    """What to change so that a step needs less memory, one step each: {field: value}.
+
+    Compute more of the forward pass again, cut the batch into more parts, split parameters over what now holds copies of them,
+    or layers over more devices.
+    """
+    found: list[dict[str, Any]] = []
+    if run.remat != "full":
+        found.append({"remat": {"none": "dots", "dots": "full"}[run.remat]})
+    sizes = dict(mesh.shape)
+    rows = run.batch_size // run.accumulate
+    if rows % (2 * sizes["data"] * sizes["fsdp"]) == 0:
+        found.append({"accumulate": 2 * run.accumulate})
+    if sizes["data"] > 1:
+        found.append({"mesh": Mesh(1, sizes["data"] * sizes["fsdp"], sizes["tensor"])})
+    elif sizes["fsdp"] % 2 == 0:
+        found.append({"mesh": Mesh(sizes["data"], sizes["fsdp"] // 2, 2 * sizes["tensor"])})
+    return found
+
+
+def _tried(run: Run, change: dict[str, Any], devices: Sequence[Any]) -> dict[str, Any]:
+    changed = dataclasses.replace(run, **change)
+    examined = _examined(_assembled(changed, devices), devices, compiles=True)
+    kept = ("bytes_per_device", "fits", "step_seconds_roofline", "bound", "compile_seconds")
+    plain = {name: dataclasses.asdict(x) if isinstance(x, Mesh) else x for name, x in change.items()}
+    return {"change": plain} | {name: examined[name] for name in kept}
+
+
+def _assembled(run: Run, devices: Sequence[Any]) -> Assembly:
+    return assemble(run, *model_shapes(run), sharding.make_mesh(dataclasses.asdict(run.mesh), devices))
+
+
+def _examined(assembly: Assembly, devices: Sequence[Any], *, compiles: bool) -> dict[str, Any]:
+    """What a step costs: counted from the program and, where it compiles, read from what the compiler made of it."""
+    counted = cost.count(assembly.step, assembly.state, assembly.frozen, assembly.batch())
     compiled = _compiled(assembly, devices) if compiles else _NOT_COMPILED
-    return found | compiled | _roofline(devices[0], counted.matmul_flops / len(devices), compiled)
+    flops = {"flops_per_step": counted.flops, "flops_per_device": counted.flops / len(devices)}
+    return flops | compiled | _roofline(devices[0], counted.matmul_flops / len(devices), compiled)
 
 
 _NOT_COMPILED: dict[str, Any] = {
@@ -85,13 +147,20 @@ def _compiled(assembly: Assembly, devices: Sequence[Any]) -> dict[str, Any]:
     try:
         compiled, text = targets.compile_for(lowered, devices[0].platform)
     except jax.errors.JaxRuntimeError as error:
-        needed = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", str(error))
-        if needed is None:
+        told = _OUT_OF_MEMORY.search(str(error))
+        if told is None:
             raise
         size = lambda number, unit: int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit])
-        bytes_needed = {"total": size(*needed.group(1, 2)), "limit": size(*needed.group(3, 4))}
+        temporaries, available = size(*told.group(1, 2)), size(*told.group(3, 4))
+        arguments = _bytes(assembly.state.trained) + _bytes(assembly.state.opt) + _bytes(assembly.frozen)
+        needed = {
+            "arguments": arguments,
+            "temporaries": temporaries,
+            "total": arguments + temporaries,
+            "limit": available,
+        }
         seconds = round(time.perf_counter() - start, 2)
-        return _NOT_COMPILED | {"bytes_per_device": bytes_needed, "fits": False, "compile_seconds": seconds}
+        return _NOT_COMPILED | {"bytes_per_device": needed, "fits": False, "compile_seconds": seconds}
     program = hlo.parse(text)
     memory = cost.memory(compiled)
     kinds: dict[str, dict[str, float]] = {}
@@ -106,6 +175,10 @@ def _compiled(assembly: Assembly, devices: Sequence[Any]) -> dict[str, Any]:
         "memory_traffic_per_device": hlo.memory_traffic(program),
         "compile_seconds": round(time.perf_counter() - start, 2),
     }
+
+
+_OUT_OF_MEMORY = re.compile(r"HLO temporaries \(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)")
+"""How the TPU compiler refuses a program."""
 
 
 def _roofline(device: Any, matmul_flops: float, compiled: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +234,6 @@ def show(plan: dict[str, Any], *, as_json: bool) -> None:
         print(json.dumps(plan))
         return
     model, trained, devices, state = (plan[k] for k in ("model", "trained", "devices", "state_bytes_per_device"))
-    gib = lambda n: f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"
     mesh = " x ".join(f"{name}={size}" for name, size in devices["mesh"].items())
     table = Table(title="plan", show_header=False, title_justify="left")
     table.add_column(style="bold")
@@ -176,11 +248,11 @@ def show(plan: dict[str, Any], *, as_json: bool) -> None:
         "devices": f"{devices['count']} x {devices['kind']} ({mesh})",
         "a step": f"{plan['tokens_per_step']:,} tokens, {plan['flops_per_step']:.3g} FLOPs"
         + (f", {plan['step_seconds_roofline']:.3f} s at the devices' rates" if plan["roofline"] else ""),
-        "a device holds": ", ".join(f"{name} {gib(size)}" for name, size in state.items()),
+        "a device holds": ", ".join(f"{name} {_gib(size)}" for name, size in state.items()),
     }
     if plan["bytes_per_device"]:
         sizes = {name: size for name, size in plan["bytes_per_device"].items() if size is not None}
-        rows["a step needs"] = ", ".join(f"{name} {gib(size)}" for name, size in sizes.items())
+        rows["a step needs"] = ", ".join(f"{name} {_gib(size)}" for name, size in sizes.items())
         rows["compiles in"] = f"{plan['compile_seconds']} s"
     else:
         rows["a step needs"] = (
@@ -189,6 +261,8 @@ def show(plan: dict[str, Any], *, as_json: bool) -> None:
         )
     if plan["fits"] is not None:
         rows["fits"] = "yes" if plan["fits"] else "no"
+    for other in plan.get("alternatives", ()):
+        rows[f"with {_words(other['change'])}"] = _needs(other)
     if plan["collectives"]:
         rows["a device sends"] = ", ".join(
             f"{kind['bytes_sent'] / 2**30:.2f} GiB in {kind['count']} x {name}"
@@ -201,13 +275,41 @@ def show(plan: dict[str, Any], *, as_json: bool) -> None:
         )
     for name, text in rows.items():
         table.add_row(name, escape(text))
-    Console().print(table, _layout_table(plan["layout"], gib))
+    Console().print(table, _layout_table(plan["layout"]))
 
 
-def _layout_table(layout: dict[str, dict[str, Any]], size: Callable[[int], str]) -> Table:
+def show_search(found: list[dict[str, Any]], *, as_json: bool) -> None:
+    """Prints what `search` found for people, or as one JSON array."""
+    if as_json:
+        print(json.dumps(found))
+        return
+    table = Table("", "needs", "at published rates", title="arrangements, the best first", title_justify="left")
+    for one in found:
+        seconds = one["step_seconds_roofline"]
+        rate = "" if seconds is None else f"{seconds:.3f} s, bound by {one['bound']}"
+        table.add_row(*map(escape, (_words(one["change"]), _needs(one), rate)))
+    Console().print(table)
+
+
+def _words(change: dict[str, Any]) -> str:
+    """As one would give it on the command line."""
+    mesh = lambda sizes: ",".join(f"{axis}={size}" for axis, size in sizes.items())
+    return " ".join(f"--{name} {mesh(x) if isinstance(x, dict) else x}" for name, x in change.items())
+
+
+def _needs(one: dict[str, Any]) -> str:
+    needed = one["bytes_per_device"]
+    return f"{_gib(needed['total'])} of {_gib(needed['limit'])}: {'fits' if one['fits'] else 'does not fit'}"
+
+
+def _gib(n: int) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"
+
+
+def _layout_table(layout: dict[str, dict[str, Any]]) -> Table:
     table = Table("array", "", "shape", "split over", "on a device", title="where arrays lie", title_justify="left")
     for path, array in layout.items():
         split = ", ".join(array["over"]) if set(array["over"]) != {"-"} else "whole"
         shape = f"{array['dtype']}{array['shape']}"
-        table.add_row(*map(escape, (path, array["part"], shape, split, size(array["bytes_per_device"]))))
+        table.add_row(*map(escape, (path, array["part"], shape, split, _gib(array["bytes_per_device"]))))
     return table

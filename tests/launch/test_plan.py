@@ -1,11 +1,13 @@
 """What a run is, before it runs: for eight devices here, and for TPU slices where their compiler is installed."""
 
+import dataclasses
 import importlib.util
 import json
 
 import jax
 import pytest
 
+from jaxmethods import sharding
 from jaxmethods.launch import cli, config, plan, targets
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
@@ -47,6 +49,54 @@ def test_what_devices_hold_and_send(recipe, monkeypatch):
     seconds = found["roofline"]
     assert seconds["interconnect"] == pytest.approx(sum(sent.values()) / 1e8)
     assert found["step_seconds_roofline"] == max(seconds.values()) == seconds[found["bound"]]
+
+
+def test_the_next_choices_that_need_less_memory(recipe):
+    mesh = lambda **axes: sharding.make_mesh(axes)
+    run = run_of(recipe, "--batch-size", "16", "--accumulate", "1", "--remat", "dots")
+    assert plan.choices(run, mesh(fsdp=8)) == [
+        {"remat": "full"}, {"accumulate": 2}, {"mesh": config.Mesh(1, 4, 2)},
+    ]  # fmt: skip
+    full = dataclasses.replace(run, remat="full", accumulate=2)
+    assert plan.choices(full, mesh(data=4, fsdp=2)) == [{"mesh": config.Mesh(1, 8, 1)}]
+    assert plan.choices(full, mesh(tensor=8)) == [{"accumulate": 4}]
+
+
+@pytest.mark.slow
+def test_a_search_puts_first_what_fits_and_is_fast(recipe, monkeypatch):
+    monkeypatch.setattr(targets, "devices_of", lambda topology: jax.devices()[:2])
+    run = run_of(recipe, "--batch-size", "4", "--accumulate", "1")
+
+    def found(memory):
+        chip = targets.Chip("cpu", 1e9, memory=memory, memory_rate=1e9, link_rate=1e8)
+        monkeypatch.setattr(targets, "CHIPS", (chip,))
+        return plan.search(run, "two of these")
+
+    every = found(1e12)
+    arranged = [
+        (one["change"]["mesh"]["fsdp"], one["change"]["mesh"]["tensor"], one["change"]["accumulate"]) for one in every
+    ]
+    assert sorted(arranged) == [(1, 2, 1), (1, 2, 2), (1, 2, 4), (2, 1, 1), (2, 1, 2)]
+    seconds = [one["step_seconds_roofline"] for one in every]
+    assert all(one["fits"] for one in every) and seconds == sorted(seconds)
+    needed = sorted(one["bytes_per_device"]["total"] for one in every)
+    some = found(needed[2])
+    assert [one["fits"] for one in some] == [True] * 3 + [False] * 2
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_step_that_does_not_fit_says_what_the_next_choices_need(command):
+    done = command("plan", "configs/llama3_8b_full.py", "--topology", "v5e:2x2", "--batch-size", "8", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (
+        found["fits"] is False and found["bytes_per_device"]["limit"] < 16 * 2**30 < found["bytes_per_device"]["total"]
+    )
+    assert [other["change"] for other in found["alternatives"]] == [
+        {"accumulate": 2}, {"mesh": {"data": 1, "fsdp": 2, "tensor": 2}},
+    ]  # fmt: skip
+    assert all(other["bytes_per_device"]["total"] > 0 and not other["fits"] for other in found["alternatives"])
 
 
 @needs_compiler
