@@ -57,13 +57,14 @@ CHIPS = (
     Chip(r".*\b(H100|H200) NVL\b.*", 835 * _T),
     Chip(r".*\bH200\b.*", 989 * _T, 141 * _G, 4800 * _G, 450 * _G),
     Chip(r".*\b(H100|GH200)\b.*", 989 * _T, 80 * _G, 3350 * _G, 450 * _G),
-    Chip(r".*\bB200\b.*", 2250 * _T, 180 * _G, 7700 * _G, 900 * _G),
+    Chip(r".*\bB200\b.*", 2250 * _T, 180 * _G, 8000 * _G, 900 * _G),
     Chip(r".*\bGB200\b.*", 2500 * _T),
 )
 """The first whose `kind` fits is taken. TPUs: https://docs.cloud.google.com/tpu/docs/v5p and the page of each other generation
 there; where a chip is two JAX devices (v2, v3, 7x) a device has half of it; `link_rate` is half of the bidirectional rate (v4:
 six links of 50 GB/s each way, https://arxiv.org/abs/2304.01433). NVIDIA: the data sheet of each product; operations "with
-sparsity" are halved, and so is NVLink's rate, which counts both ways."""
+sparsity" are halved, and so is NVLink's rate, which counts both ways. Of v2, v3 and 7x, and of NVIDIA's products, memory and its
+rate and links have been written down without looking each up again: check a row before relying on it."""
 
 
 def chip_of(device: jax.Device | str) -> Chip | None:

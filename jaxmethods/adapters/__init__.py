@@ -30,7 +30,7 @@ RULES = (
     (r"/adapter/", P()),
 )
 """Where adapter leaves lie: those with one of the layer's own widths are split along it, over all that holds parameters; the
-small ones are whole on each device, since gathering each would take longer than adding up its gradients."""
+small ones are whole on each device."""
 
 __all__ = [
     "RULES", "S2FT", "Adapter", "Call", "DoRA", "HydraLoRA", "LoRA", "MixLoRA", "Result", "SMoRE", "adapted_layers", "attach",

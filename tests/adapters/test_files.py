@@ -193,6 +193,10 @@ def test_folders_that_cannot_be_read_or_written(tmp_path):
         with pytest.raises(ValueError, match=says):
             adapters.load_peft(tmp_path / "a", module, base)
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 0, "alpha_pattern": {}}))
+    _, silent = adapters.merge(*adapters.load_peft(tmp_path / "a", module, base))
+    jax.tree.map(np.testing.assert_array_equal, silent, base)
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
     weights = tmp_path / "a" / "adapter_model.safetensors"
     arrays = load_file(weights)
     first = next(name for name in arrays if "lora_B" in name)
