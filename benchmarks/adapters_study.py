@@ -14,7 +14,8 @@ kept because seeds of LoRA agreed on it. No other adapter was looked at for that
 Every method's learning rate is tuned by the same rule: with one seed, by steps of the square root of ten, until both neighbours of
 the best one are worse on a validation split. The other seeds run at that rate (a quantised base takes the rate of LoRA over
 float32), and scores are of a test split that chose nothing. Every run is a process of its own and appends one row to the
-results file; rows that are there are not run again.
+results file; rows that are there are not run again. Step time and memory are measured apart from these runs, one process at a time
+on all cores: leave the machine alone meanwhile.
 
 Needs the demo model and reports (`make quickstart` installs both).
 """
@@ -42,6 +43,10 @@ import steps
 import tyro
 
 TASKS = ("reports", "arithmetic")
+TIMING = "timing"
+"""The task of a process that measures steps and scores nothing."""
+TIMED = 10
+"""Its steps, of which the first two are not counted."""
 WIDE = "mlp/(gate|up|down)_proj"
 
 
@@ -57,6 +62,8 @@ class Options:
     """Only these tasks."""
     seeds: int = 3
     """Runs of each method at its best learning rate."""
+    stored_seeds: int = 1
+    """Runs over each base that is stored otherwise than in float32; run n has the seed and the batches of LoRA's run n."""
     steps: int = 32
     """Optimiser steps a run."""
     rows: int = 2
@@ -205,7 +212,8 @@ def run(o: Options, wanted: Mapping[str, Any]) -> dict[str, Any]:
     tokenizer.chat_template = None  # its system prompt would be half of a short row
     objective = objectives.Supervised()
     read = lambda name: build(Data(train=f"{o.data}/{name}.jsonl", sequence_length=o.length), tokenizer)[0]
-    rows = read(f"{wanted['task']}-train")
+    timing = wanted["task"] == TIMING
+    rows = read(f"{TASKS[-1] if timing else wanted['task']}-train")
     stream = lambda: iter(batches(rows, batch_size=o.rows, seed=wanted["seed"]))
 
     if chosen:
@@ -255,22 +263,29 @@ def run(o: Options, wanted: Mapping[str, Any]) -> dict[str, Any]:
         return {"nll": sums["nats"] / sums["tokens"], "accuracy": sums["right"] / sums["answers"]}
 
     seconds, losses, source = [], [], stream()
-    for _ in range(0 if before_training else o.steps):
+    for _ in range(0 if before_training else TIMED if timing else o.steps):
         start = time.perf_counter()
         state, metrics = step(state, frozen, next(source))
         losses.append(float(metrics["loss"]))
         seconds.append(time.perf_counter() - start)
+    if timing:
+        trained = sum(x.size for x in jax.tree.leaves(state.trained))
+        return {
+            "trained": trained,
+            "step_seconds": statistics.median(seconds[2:]),
+            "peak": processes.peak_bytes(),
+        }
     validation, test = (judged(f"{wanted['task']}-{split}") for split in ("validation", "test"))
     return {
         "trained": 0 if before_training else sum(x.size for x in jax.tree.leaves(state.trained)),
         "validation_nll": validation["nll"], "nll": test["nll"], "accuracy": test["accuracy"],
         "other_nll": judged("other")["nll"], "loss": losses[-1] if losses else None,
-        "step_seconds": statistics.median(seconds[1:]) if seconds else None, "peak": processes.peak_bytes(),
     }  # fmt: skip
 
 
 # All runs -------------------------------------------------------------------------------------------------------
 
+TREES = ("2-2", "4-4", "2-2-2")
 KEY = ("task", "budget", "method", "learning_rate", "seed", "steps", "rows", "length")
 
 
@@ -290,21 +305,24 @@ class Study:
         for row in self.rows:
             if all(row[name] == wanted[name] for name in KEY):
                 return row
-        given = {name: getattr(self.o, name) for name in ("steps", "rows", "length", "data", "threads")}
+        threads = self.o.threads * (self.o.jobs if wanted["task"] == TIMING else 1)
+        given = {name: getattr(self.o, name) for name in ("steps", "rows", "length", "data")}
         arguments = [*(f"--{name}={value}" for name, value in given.items()), "--child", json.dumps(wanted)]
-        lane = self.lanes.get()
+        lane = self.lanes.get() if wanted["task"] != TIMING else 0
         try:
             found = processes.run(
-                __file__, arguments, self.o.threads, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, lane=lane
+                __file__, arguments, threads, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, lane=lane
             )
         finally:
-            self.lanes.put(lane)
+            if wanted["task"] != TIMING:
+                self.lanes.put(lane)
         row = wanted | found
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:  # a row is one short write, so two threads' rows do not mix
             file.write(json.dumps(row) + "\n")
         self.rows.append(row)
-        print({name: row[name] for name in (*KEY[:5], "nll", "accuracy", "other_nll")}, file=sys.stderr, flush=True)
+        shown = ("nll", "accuracy", "other_nll", "step_seconds")
+        print({name: row[name] for name in (*KEY[:5], *shown) if name in row}, file=sys.stderr, flush=True)
         return row
 
     def tuned(self, first: float, **of: Any) -> float:
@@ -328,7 +346,7 @@ class Study:
         rate = self.tuned(methods(budget)[method][1], task=task, budget=budget, method=method.partition(" over ")[0])
         return [
             self.result(task=task, budget=budget, method=method, learning_rate=rate, seed=seed)
-            for seed in range(self.o.seeds)
+            for seed in range(self.o.stored_seeds if " over " in method else self.o.seeds)
         ]
 
 
@@ -352,10 +370,17 @@ def main(o: Options) -> None:
         start = lambda task: study.result(task=task, budget=o.budgets[0], method="full", learning_rate=0.0, seed=0)
         base = dict(zip(o.tasks, pool.map(start, o.tasks), strict=True))
         table = dict(zip(wanted, pool.map(lambda of: study.runs(*of), wanted), strict=True))
+    costs = {
+        (budget, name): study.result(
+            task=TIMING, budget=budget, method=name, learning_rate=methods(budget)[name][1], seed=0
+        )
+        for name in names
+        for budget in o.budgets
+    }
     for (task, _, _), rows in table.items():
         for row in rows:
             row["forgetting"] = row["other_nll"] - base[task]["other_nll"]
-    text = report(o, base, table)
+    text = report(o, base, table, costs)
     print(text)
     if o.to:
         target = Path(o.to)
@@ -372,16 +397,19 @@ def _spread(rows: list[dict[str, Any]], field: str) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def report(o: Options, base: Mapping[str, Any], table: Mapping[Any, list[dict[str, Any]]]) -> str:
+def report(
+    o: Options, base: Mapping[str, Any], table: Mapping[Any, list[dict[str, Any]]], costs: Mapping[Any, dict[str, Any]]
+) -> str:
     from importlib.metadata import version
 
     lines = [
         "# Adapters compared",
         "",
-        f"`python benchmarks/adapters_study.py`, {date.today()}, {processes.cpu()}, {o.threads} threads, float32, "
-        f"{o.jobs} runs at a time, jax {version('jax')}. SmolLM2-135M-Instruct, {o.steps} steps of {o.rows} x {o.length} "
-        f"tokens; mean ± standard deviation of {o.seeds} seeds, at the learning rate (of {', '.join(f'{r:g}' for r in RATES)}) "
-        "whose neighbours are both worse on a validation split. Forgetting: rise in nats a token on Python's language reference.",
+        f"`python benchmarks/adapters_study.py`, {date.today()}, {processes.cpu()}, float32, jax {version('jax')}. SmolLM2-135M-Instruct, {o.steps} steps of {o.rows} x {o.length} "
+        f"tokens; mean ± standard deviation of {o.seeds} seeds ({o.stored_seeds} over a stored base), at the learning rate (of {', '.join(f'{r:g}' for r in RATES)}) "
+        "whose neighbours are both worse on a validation split. Forgetting: rise in nats a token on Python's language reference. "
+        f"Step and peak: the median of {TIMED - 2} steps and the largest resident size of a process alone on "
+        f"{o.threads * o.jobs} cores.",
     ]
     for task in o.tasks:
         field, what, _ = SCORES[task]
@@ -391,11 +419,11 @@ def report(o: Options, base: Mapping[str, Any], table: Mapping[Any, list[dict[st
             "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
             f"| before training | | | {base[task][field]:.3f} | {base[task]['nll']:.3f} | | | |",
         ]  # fmt: skip
-        for (of, _, name), rows in table.items():
+        for (of, budget, name), rows in table.items():
             if of == task:
                 spreads = [_spread(rows, name) for name in (field, "nll", "forgetting")]
                 cells = " | ".join(f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in spreads)
-                seconds, peak = (statistics.median(row[f] for row in rows) for f in ("step_seconds", "peak"))
+                seconds, peak = (costs[budget, name][f] for f in ("step_seconds", "peak"))
                 start = f"| {name} | {rows[0]['trained']:,} | {rows[0]['learning_rate']:g}"
                 lines.append(f"{start} | {cells} | {seconds:.2f} | {peak / 2**20:.0f} |")
     lines += ["", "## The papers' claims", "", *claims(o, table)]
@@ -406,7 +434,7 @@ def claims(o: Options, table: Mapping[Any, list[dict[str, Any]]]) -> Iterator[st
     """One line for each claim, task and budget: the difference of the means, with its standard error."""
     pairs = [(s2ft, other) for s2ft in ("S²FT-R", "S²FT-A small") for other in ("LoRA", "full")]
     tested = [
-        ("S'MoRE 4-4", "MixLoRA", "score", "S'MoRE is at least as good as MixLoRA"),
+        *((f"S'MoRE {tree}", "MixLoRA", "score", f"S'MoRE {tree} is at least as good as MixLoRA") for tree in TREES),
         ("MixLoRA", "LoRA", "score", "MixLoRA is at least as good as LoRA"),
         *((one, other, "score", f"{one} learns as well as {other}") for one, other in pairs),
         *((one, other, "forgetting", f"{one} forgets less than {other}") for one, other in pairs),
