@@ -21,17 +21,17 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmethods import tree
 
-AXES = ("data", "fsdp", "tensor")
-"""Batch rows are split over `data` and `fsdp`; parameters over `fsdp` and `tensor`."""
+AXES = ("data", "fsdp", "sequence", "tensor")
+"""Batch rows are split over `data` and `fsdp`, their tokens over `sequence`; parameters over `fsdp` and `tensor`."""
 
 Rules = Sequence[tuple[str, P]]
 
-BATCH = P(("data", "fsdp"))
-"""How a batch lies: its leading axis over both axes that hold different rows."""
+BATCH = P(("data", "fsdp"), "sequence")
+"""How [rows, tokens] of a batch lie: rows over both axes that hold different ones, the tokens of a row over `sequence`."""
 
 
 def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes `data`, `fsdp` and `tensor`, all of type Auto.
+    """A mesh with the axes of `AXES`, all of type Auto.
 
     Args:
         axes: axis name -> size. Axes not named have size 1; one of them may be -1: all devices that are left. By
@@ -92,20 +92,20 @@ def shardings_for(shapes: tree.Tree, mesh: Mesh, rules: Rules) -> tree.Tree:
     return tree.unflatten({p: NamedSharding(mesh, spec_for(p, x.shape, mesh, rules)) for p, x in flat.items()})
 
 
-def split_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Under `jax.jit`: x with its leading axis over `data` and `fsdp`, as far as they divide it, and its other axes whole.
+def split_tokens(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Under `jax.jit`: x [rows, tokens, ...] as `tokens_spec` says, its other axes whole.
 
     Without this XLA may let activations follow the parameters, and hold all rows on every device. No mesh, or one device: x
     as it is.
     """
     if mesh is None or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rows_spec(x.shape[0], mesh)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, tokens_spec(*x.shape[:2], mesh)))
 
 
-def rows_spec(rows: int, mesh: Mesh) -> P:
-    """A leading axis of `rows` over `data` and `fsdp`, as far as they divide it."""
-    return P(_that_divide(("data", "fsdp"), rows, mesh))
+def tokens_spec(rows: int, tokens: int, mesh: Mesh) -> P:
+    """[rows, tokens] as a batch lies, as far as the mesh divides them."""
+    return P(*(_that_divide(entry, size, mesh) for entry, size in zip(BATCH, (rows, tokens), strict=True)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -114,5 +114,5 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over `data` and `fsdp`."""
+    """[rows, tokens] of a batch over `data` and `fsdp`, and `sequence`."""
     return NamedSharding(mesh, BATCH)

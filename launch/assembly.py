@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxmethods import adapters, models, quantization, sharding, training, tree
+from jaxmethods.kernels.attention import splash
 from jaxmethods.launch.config import Run
 from jaxmethods.tree import Tree
 
@@ -94,7 +95,14 @@ def assemble(run: Run, module: Any, base: Tree, mesh: Mesh) -> Assembly:
             f"batch_size={run.batch_size} must be a multiple of data x fsdp x accumulate = {least}; "
             f"try batch_size={-(-run.batch_size // least) * least}."
         )
-    module = module.clone(dtype=jnp.dtype(run.compute_dtype), remat=run.remat, unroll=run.unroll, mesh=mesh)
+    if run.data.sequence_length % mesh.shape["sequence"]:
+        raise ValueError(
+            f"data.sequence_length={run.data.sequence_length} must be a multiple of mesh.sequence={mesh.shape['sequence']}."
+        )
+    module = module.clone(
+        dtype=jnp.dtype(run.compute_dtype), remat=run.remat, unroll=run.unroll, mesh=mesh,
+        attention=_attention(module.config, mesh, run.data.sequence_length),
+    )  # fmt: skip
     params = base
     if run.adapters:
         module = adapters.attach(module, run.adapters)
@@ -135,6 +143,12 @@ def assemble(run: Run, module: Any, base: Tree, mesh: Mesh) -> Assembly:
     )
     evaluate = jax.jit(training.make_evaluation_step(loss_fn), out_shardings=whole)
     return Assembly(run, mesh, module, tx, place(base), state, place(_adapter_leaves(frozen)), step, evaluate)
+
+
+def _attention(config: Any, mesh: Mesh, tokens: int) -> str | None:
+    """The TPU's own kernel where the rows fit it; the data room numbers positions as it needs them."""
+    fits = splash.supports(tokens, mesh.shape["sequence"]) and config.window_layers is None
+    return "splash" if fits and mesh.devices.flat[0].platform == "tpu" else None
 
 
 def _chosen(run: Run, params: Tree) -> Any:

@@ -27,11 +27,15 @@ AnyObjective = Supervised
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Devices along each axis; -1 once: all that are left. Batch rows lie over data and fsdp, parameters over fsdp and tensor."""
+    """Devices along each axis; -1 once: all that are left.
+
+    Batch rows lie over data and fsdp, parameters over fsdp and tensor, the tokens of long rows over sequence.
+    """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    sequence: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

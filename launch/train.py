@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -46,7 +47,7 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(run.compilation_cache))
 
     # Devices, model, data.
-    mesh = sharding.make_mesh({"data": run.mesh.data, "fsdp": run.mesh.fsdp, "tensor": run.mesh.tensor})
+    mesh = sharding.make_mesh(dataclasses.asdict(run.mesh))
     tokenizer = models.load_tokenizer(run.model)
     rows, report = data.build(run.data, tokenizer)
     held_out = data.build(run.data, tokenizer, split="evaluation")[0] if run.data.evaluation else None

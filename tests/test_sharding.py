@@ -7,13 +7,11 @@ from tests import tiny
 
 
 def test_a_mesh_fills_the_axis_that_is_left_open():
-    assert dict(sharding.make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4]).shape) == {
-        "data": 2,
-        "fsdp": 1,
-        "tensor": 2,
-    }
-    assert dict(sharding.make_mesh({"tensor": 2, "fsdp": -1}).shape) == {"data": 1, "fsdp": 4, "tensor": 2}
-    assert dict(sharding.make_mesh().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    sizes = lambda *arguments: tuple(sharding.make_mesh(*arguments).shape[name] for name in sharding.AXES)
+    assert sizes({"data": 2, "tensor": 2}, jax.devices()[:4]) == (2, 1, 1, 2)
+    assert sizes({"tensor": 2, "fsdp": -1}) == (1, 4, 1, 2)
+    assert sizes({"sequence": 2, "fsdp": -1}) == (1, 4, 2, 1)
+    assert sizes() == (1, 8, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +27,13 @@ def test_a_mesh_fills_the_axis_that_is_left_open():
 def test_a_mesh_that_does_not_fit_is_refused_by_name(axes, says):
     with pytest.raises(ValueError, match=says):
         sharding.make_mesh(axes)
+
+
+def test_tokens_lie_over_what_divides_them():
+    mesh = sharding.make_mesh({"data": 2, "sequence": 4})
+    assert sharding.tokens_spec(6, 16, mesh) == P(("data", "fsdp"), "sequence")
+    assert sharding.tokens_spec(6, 1, mesh) == P(("data", "fsdp"), None)  # as in decoding
+    assert sharding.tokens_spec(3, 8, mesh) == P(None, "sequence")
 
 
 def test_rules_skip_the_scanned_axis_and_what_does_not_divide():

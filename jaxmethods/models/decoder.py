@@ -19,10 +19,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmethods.kernels.attention import attention
 from jaxmethods.kernels.linear import dot_general
+from jaxmethods.models.attention import attention_on
 from jaxmethods.models.dense import QuantizedDense
-from jaxmethods.sharding import split_rows
+from jaxmethods.sharding import split_tokens
 
 RULES = (
     (r"embed_tokens/embedding", P("tensor", "fsdp")),
@@ -195,6 +195,7 @@ class _Part(nn.Module):
     dot_general: Any = None
     quantization: str | None = None
     mesh: Any = None
+    attention: str | None = None
 
     def dense(self, x: Array, features: int, name: str, use_bias: bool = False) -> Array:
         told: Any = dict(use_bias=use_bias, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
@@ -207,7 +208,8 @@ class _Part(nn.Module):
     @property
     def told(self) -> tuple[Any, ...]:
         """What the parts of this part are told, in the order of their fields."""
-        return self.config, self.dtype, self.param_dtype, self.dot_general, self.quantization, self.mesh
+        settings = self.dtype, self.param_dtype, self.dot_general, self.quantization, self.mesh, self.attention
+        return self.config, *settings
 
     def norm(self, name: str) -> RMSNorm:
         return RMSNorm(self.config.rms_norm_eps, self.config.norm_plus_one, self.param_dtype, name=name)
@@ -231,11 +233,12 @@ class Attention(_Part):
                 for old, new in zip(cache, (k, v), strict=True)
             )
             k, v = (jax.lax.dynamic_index_in_dim(c_, layer, keepdims=False).astype(x.dtype) for c_ in cache)
-        out = attention(
-            q, k, v,
+        out = attention_on(
+            self.mesh if cache is None else None, q, k, v,
             q_positions=shared.positions, kv_positions=shared.kv_positions,
             q_segment_ids=shared.segment_ids, kv_segment_ids=shared.kv_segment_ids,
             window=c.sliding_window if window is None else window, softcap=c.attention_softcap, scale=c.query_scale,
+            implementation=self.attention if cache is None else None,
         )  # fmt: skip
         return self.dense(out.reshape(*x.shape[:-1], -1), c.hidden_size, "o_proj"), cache
 
@@ -252,7 +255,7 @@ class Layer(_Part):
     @nn.compact
     def __call__(self, carry, scanned, shared: _Shared):  # type: ignore[no-untyped-def]
         x, cache = carry
-        x = split_rows(x, self.mesh)
+        x = split_tokens(x, self.mesh)
         layer, window = scanned
         part = lambda kind, name: kind(*self.told, name=name)
         after = lambda name, y: self.norm(name)(y) if self.config.post_norms else y
@@ -279,7 +282,7 @@ class Backbone(_Part):
         x = embed(tokens)
         if c.embedding_scale:
             x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
-        x = split_rows(x, self.mesh)
+        x = split_tokens(x, self.mesh)
 
         kv_positions, kv_segment_ids, start = positions, segment_ids, None
         if cache is not None:
@@ -303,7 +306,7 @@ class Backbone(_Part):
 
         held = None if cache is None else (cache.k, cache.v)
         (x, held), _ = layers((x, held), (jnp.arange(c.num_layers), _windows(c)), shared)
-        x = split_rows(self.norm("norm")(x), self.mesh)
+        x = split_tokens(self.norm("norm")(x), self.mesh)
         if held is not None:
             cache = KVCache(*held, kv_positions, kv_segment_ids, start + tokens.shape[1])
         return x, cache
@@ -342,7 +345,10 @@ class Decoder(nn.Module):
             `jaxmethods.kernels.linear.dot_general`.
         quantization: "int8" or "int4" where the kernels of linear layers are quantised (`models.quantize`); they are then
             frozen. Embeddings, norms, biases and the output matrix are not quantised.
-        mesh: of `jaxmethods.sharding.make_mesh`; rows of activations are then split over `data` and `fsdp`.
+        mesh: of `jaxmethods.sharding.make_mesh`; rows of activations are then split over `data` and `fsdp`, and the tokens of a
+            row over `sequence`.
+        attention: implementation of `kernels.attention` where there is no cache. "splash" goes by places in the row: leave
+            `positions` to their default, or count them from 0 in each segment.
     """
 
     config: DecoderConfig
@@ -353,6 +359,7 @@ class Decoder(nn.Module):
     dot_general: Any = None
     quantization: str | None = None
     mesh: Any = None
+    attention: str | None = None
 
     @nn.compact
     def __call__(
@@ -383,6 +390,6 @@ class Decoder(nn.Module):
             positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1 + before, 0)
         if not self.config.tie_embeddings:
             Unembedding(self.config, self.param_dtype, name="lm_head")()
-        told = self.config, self.dtype, self.param_dtype, self.dot_general, self.quantization, self.mesh
-        backbone = Backbone(*told, self.remat, self.unroll, name="model")
+        settings = self.dtype, self.param_dtype, self.dot_general, self.quantization, self.mesh, self.attention
+        backbone = Backbone(self.config, *settings, self.remat, self.unroll, name="model")
         return Output(*backbone(tokens, segment_ids, jnp.asarray(positions, jnp.int32), cache))

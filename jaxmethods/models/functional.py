@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmethods.kernels.token_logprobs import token_logprobs
-from jaxmethods.sharding import rows_spec
+from jaxmethods.sharding import tokens_spec
 from jaxmethods.tree import Tree
 
 Tokens = Int[Array | np.ndarray, "batch time"]
@@ -100,7 +100,7 @@ def target_logps(
     logps_of = functools.partial(_flat_logps, softcap=module.config.final_softcap, transposed=tied)
     mesh = getattr(module, "mesh", None)
     if mesh is not None and mesh.size > 1:
-        logps_of = _on_shards(logps_of, mesh, hidden.shape[0], matrix.shape, transposed=tied)
+        logps_of = _on_shards(logps_of, mesh, tokens_spec(*wanted.shape, mesh), matrix.shape, transposed=tied)
     logps = logps_of(hidden, matrix.astype(hidden.dtype), following(tokens), wanted)
     return jnp.roll(logps, 1, axis=1), aux
 
@@ -112,8 +112,8 @@ def _flat_logps(
     return token_logprobs(*flat, where=wanted.reshape(-1), **options).reshape(wanted.shape)
 
 
-def _on_shards(logps_of: Any, mesh: Mesh, rows: int, shape: tuple[int, ...], *, transposed: bool) -> Any:
-    """`logps_of`, by each device for its rows (over `data` and `fsdp`) and its part of the vocabulary (over `tensor`).
+def _on_shards(logps_of: Any, mesh: Mesh, over: P, shape: tuple[int, ...], *, transposed: bool) -> Any:
+    """`logps_of`, by each device for its tokens, which lie as `over` says, and its part of the vocabulary (over `tensor`).
 
     The matrix lies as the parameter does and is gathered along its width, so that its gradient is scattered again. Where
     an axis of the mesh does not divide, its devices do the same.
@@ -129,7 +129,6 @@ def _on_shards(logps_of: Any, mesh: Mesh, rows: int, shape: tuple[int, ...], *, 
             matrix = jax.lax.all_gather(matrix, names[width_axis], axis=width_axis, tiled=True)
         return logps_of(hidden, matrix, targets, wanted, axis_name=names[vocab_axis], compact=compact)
 
-    over = rows_spec(rows, mesh)
     return jax.shard_map(own, mesh=mesh, in_specs=(over, P(names[0], names[1]), over, over), out_specs=over)
 
 

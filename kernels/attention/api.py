@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxmethods.kernels.attention import reference, xla
+from jaxmethods.kernels.attention import reference, splash, xla
 
-IMPLEMENTATIONS = {"xla": xla.attention, "reference": reference.attention}
+IMPLEMENTATIONS = {"xla": xla.attention, "splash": splash.attention, "reference": reference.attention}
 
 
 def attention(
@@ -49,12 +49,14 @@ def attention(
             traced, so that layers of one scan differ in it.
         softcap: soft limit on scaled scores (Gemma-2, https://arxiv.org/abs/2408.00118, section 2).
         scale: factor on q k'; head_dim ** -0.5 by default.
-        implementation: "xla" (blockwise, as in https://arxiv.org/abs/2205.14135) or "reference" (holds all scores);
-            None chooses for the backend.
+        implementation: "xla" (blockwise, as in https://arxiv.org/abs/2205.14135), "reference" (holds all scores), or "splash"
+            (JAX's kernel for TPUs). The latter goes by places and not by positions: each query is the token of the key at its
+            place, positions rise by one along each segment, rows have a multiple of 128 tokens, the window is not traced.
+            Whether that is so cannot be seen from the arrays, so None is "xla".
 
     Raises:
         ValueError: heads that kv_heads does not divide, one kind of segment ids without the other, a window without
-            `causal`, a softcap <= 0, or an unknown implementation.
+            `causal`, a softcap <= 0, an unknown implementation, or one that does not serve these shapes.
     """
     heads, kv_heads = q.shape[2], k.shape[2]
     if heads % kv_heads:

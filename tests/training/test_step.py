@@ -74,7 +74,10 @@ def test_accumulated_means_weigh_parts_by_their_tokens():
     assert float(new.trained["w"]) == 1 - 2.5
 
 
-MESHES = [{"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
+MESHES = [
+    {"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"sequence": 8},
+    {"fsdp": 2, "sequence": 2, "tensor": 2}, {"fsdp": 2, "tensor": 4},
+]  # fmt: skip
 SMORE = adapters.SMoRE(experts=(2, 3), fanout=(1, 2), ranks=(1, 2), router_dim=8, gate_dim=4)
 
 
@@ -104,7 +107,7 @@ def losses(adapter, *axes):
 
 
 @pytest.mark.parametrize(
-    ("adapter", "axes"), [*((None, axes) for axes in MESHES), (adapters.LoRA(rank=8), MESHES[3]), (SMORE, MESHES[3])],
+    ("adapter", "axes"), [*((None, axes) for axes in MESHES), (adapters.LoRA(rank=8), MESHES[3]), (SMORE, MESHES[3]), (SMORE, MESHES[5])],
     ids=lambda value: getattr(value, "kind", str(value)),
 )  # fmt: skip
 def test_every_mesh_gives_what_one_device_gives_and_keeps_its_shardings(adapter, axes):
