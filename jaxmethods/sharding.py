@@ -10,12 +10,14 @@ P(None, 'fsdp', 'tensor')
 
 from __future__ import annotations
 
+import bisect
 import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -116,3 +118,27 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over `data` and `fsdp`."""
     return NamedSharding(mesh, BATCH)
+
+
+def rows_here(rows: int, mesh: Mesh) -> list[int]:
+    """Which rows of a batch of `rows` rows this process' devices hold, in ascending order.
+
+    Processes along `tensor` hold the same rows, and on a torus those of one process need not be neighbours.
+    """
+    held = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for index in held if index is not None for row in range(rows)[index[0]]})
+
+
+def place_rows(batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """The global batch of `rows` rows, from arrays that hold the rows of `rows_here` in its order."""
+    placed, here = batch_sharding(mesh), rows_here(rows, mesh)
+
+    def place(values: np.ndarray) -> jax.Array:
+        def block(index: tuple[slice, ...] | None) -> np.ndarray:
+            start, stop, _ = slice(None).indices(rows) if index is None else index[0].indices(rows)
+            first = bisect.bisect_left(here, start)  # a device's rows are neighbours, and so they are here
+            return values[first : first + stop - start]
+
+        return jax.make_array_from_callback((rows, *values.shape[1:]), placed, block)
+
+    return {name: place(values) for name, values in batch.items()}
