@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -131,10 +132,10 @@ def two(recipe, tmp_path_factory):
     return run(recipe, tmp_path_factory.mktemp("two") / "run", count=2, how=by_slurm, counted=True)
 
 
-def assert_same_losses(found, want, steps):
+def assert_same_losses(workdir, want):
     """Training and held-out losses to 1e-6 of their value, about eight units in the last place of float32."""
-    found, want = losses(found.workdir), losses(want.workdir)
-    assert list(found) == list(range(1, steps + 1))
+    found, want = losses(workdir), losses(want.workdir)
+    assert list(found) == list(range(1, STEPS + 1))
     for step, (loss, _, evaluation) in found.items():
         assert loss == pytest.approx(want[step][0], rel=1e-6), step
         assert (evaluation is None) == (step not in (6, 12))
@@ -152,7 +153,7 @@ def at_step(run, step, workdir):
 
 
 def test_two_processes_found_by_the_cluster_give_the_losses_of_one(one, two):
-    assert_same_losses(two, one, STEPS)
+    assert_same_losses(two.workdir, one)
     assert "2 x cpu (data=1 x fsdp=2 x tensor=1) in 2 processes" in two.said(0)
     assert "2 processes" not in two.said(1)  # the first one speaks for all
 
@@ -184,18 +185,31 @@ def test_each_process_writes_its_share_of_a_checkpoint(one, two):
     assert max(halves) < 0.6 * whole
 
 
-@pytest.mark.parametrize(("count", "devices"), [(4, 1), (2, 2)])
-def test_processes_along_tensor_give_the_losses_of_one(one, recipe, tmp_path, count, devices):
-    """fsdp=2 x tensor=2. With a device each, two processes hold the same rows and must make the same ones."""
-    made = run(recipe, tmp_path / "run", "--mesh", "fsdp=2,tensor=2", count=count, devices=devices)
-    assert_same_losses(made, one, STEPS)
+def test_four_processes_two_of_them_with_the_same_rows_give_the_losses_of_one(one, recipe, tmp_path):
+    made = run(recipe, tmp_path / "run", "--mesh", "fsdp=2,tensor=2", count=4)
+    assert_same_losses(made.workdir, one)
+
+
+def test_two_processes_of_two_devices_as_the_documents_start_them(one, recipe, tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "clusters.md").read_text()
+    (block,) = [block for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if "127.0.0.1" in block]
+    for shown, here in (
+        ("configs/quickstart.py", f"{recipe} --workdir {tmp_path / 'run'}"),
+        ("8476", str(free_port())),
+    ):
+        assert shown in block
+        block = block.replace(shown, here)
+    program = f'jaxmethods() {{ {sys.executable} -m jaxmethods.launch.cli "$@"; }}\n'
+    done = subprocess.run(["bash", "-c", program + block], capture_output=True, text=True, timeout=600)
+    assert "4 x cpu (data=1 x fsdp=2 x tensor=2) in 2 processes" in done.stdout, done.stderr
+    assert_same_losses(tmp_path / "run", one)
 
 
 def test_four_processes_with_tensor_go_on_from_two_with_fsdp(one, two, recipe, tmp_path):
     workdir = at_step(two, 6, tmp_path / "run")
     made = run(recipe, workdir, "--mesh", "fsdp=1,tensor=4", count=4)
     assert "resumes after step 6" in made.said()
-    assert_same_losses(made, one, STEPS)
+    assert_same_losses(made.workdir, one)
 
 
 def test_killed_restarted_preempted_and_restarted_it_is_the_same_run_to_the_bit(two, recipe, tmp_path):
