@@ -68,9 +68,11 @@ def join(processes: Processes) -> None:
 
     From here on SIGTERM is a notice of preemption, which the runtime takes: `jax.experimental.multihost_utils
     .reached_preemption_sync_point` tells every process where to stop. A handler of Python's for SIGTERM would hide it.
+    Where the others do not come within five minutes, the runtime aborts.
 
     Raises:
         ValueError: no cluster was detected.
+        ConnectionError: a detected cluster lacks what JAX needs to ask it, or devices were touched before.
     """
     told = processes.coordinator is not None
     try:
@@ -89,6 +91,8 @@ def join(processes: Processes) -> None:
             f"--distributed found no cluster of SLURM, Open MPI, Kubernetes or Cloud TPU here ({error}); name the processes "
             "instead: --coordinator HOST:PORT --processes N --process I."
         ) from error
+    except RuntimeError as error:
+        raise ConnectionError(f"this process was not joined with the others: {error}") from error
 
 
 @contextlib.contextmanager
