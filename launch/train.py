@@ -65,6 +65,8 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
     with distributed.together(f"making {workdir}"):
         if main:
             _claim(workdir, run)
+    with distributed.together(f"looking at {workdir}"):
+        _find_claim(workdir, run)
 
     # State: fresh, or from the latest good checkpoint.
     init_key, run_key = jax.random.split(jax.random.key(run.seed))
@@ -243,6 +245,24 @@ def _claim(workdir: Any, run: Run) -> None:
     partial = workdir / "config.json.partial"
     partial.write_text(json.dumps(run_config.to_json(run), indent=2) + "\n")
     partial.replace(workdir / "config.json")
+
+
+def _find_claim(workdir: Any, run: Run, *, patience: float = 60.0) -> None:
+    """Refuses a process whose work folder is another one than process 0's, or that was given another run.
+
+    patience: seconds after which a network file system must have shown the file, or what is new in it.
+    """
+    file, wanted, end = workdir / "config.json", run_config.to_json(run), time.monotonic() + patience
+    while not (found := file.exists()) or run_config.to_json(run_config.read_json(file)) != wanted:
+        if time.monotonic() > end:
+            process = f"process {jax.process_index()}"
+            raise ValueError(
+                f"{file} is not the run of {process}; give all processes the same config and flags."
+                if found
+                else f"{file}, which process 0 wrote, is not to be seen from {process}; choose a --workdir on a file system "
+                "that all hosts share, or in a bucket."
+            )
+        time.sleep(0.5)
 
 
 def _judge(run: Run, step: int, values: dict[str, Any], bar: Any) -> None:

@@ -1,6 +1,7 @@
 """Runs of several processes on one machine, joined over loopback: the numbers of one process, and nobody waits for the dead."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxmethods.launch import train
+from jaxmethods.launch.config import load_config
 from tests.launch.test_train import losses
 
 pytestmark = pytest.mark.slow
@@ -240,3 +243,13 @@ def test_what_one_process_cannot_read_ends_all_of_them(recipe, tmp_path):
         assert "[process 1 of 2]: " in started.said(1) and str(nowhere) in started.said(1)
         assert "Traceback" not in started.said(0) + started.said(1)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_not_shared_and_processes_of_different_runs_are_refused(recipe, tmp_path):
+    ours = load_config(str(recipe))
+    with pytest.raises(ValueError, match=r"config.json, which process 0 wrote, is not to be seen from process 0"):
+        train._find_claim(tmp_path, ours, patience=0.0)
+    train._claim(tmp_path, ours)
+    train._find_claim(tmp_path, ours)
+    with pytest.raises(ValueError, match="give all processes the same config and flags"):
+        train._find_claim(tmp_path, dataclasses.replace(ours, checkpoint_every=5))
