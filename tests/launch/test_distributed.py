@@ -252,4 +252,4 @@ def test_a_folder_that_is_not_shared_and_processes_of_different_runs_are_refused
     train._claim(tmp_path, ours)
     train._find_claim(tmp_path, ours)
     with pytest.raises(ValueError, match="give all processes the same config and flags"):
-        train._find_claim(tmp_path, dataclasses.replace(ours, checkpoint_every=5))
+        train._find_claim(tmp_path, dataclasses.replace(ours, checkpoint_every=5), patience=0.0)
