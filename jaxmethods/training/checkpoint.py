@@ -98,7 +98,8 @@ class Checkpoints:
         for tried in reversed(steps):
             failure = None
             try:
-                packed = self._checkpointer.load_checkpointables(tried, like)["state"]
+                with _alone():
+                    packed = ocp.load_checkpointables(self._directory.resolve() / str(tried), like)["state"]
             except Exception as error:  # Orbax raises many kinds for a damaged file
                 failure = _root_cause(error)
             failed = _on_any_process(failure is not None)
@@ -129,6 +130,14 @@ def _pack(state: State, fixed: tree.Tree) -> dict[str, Any]:
     if abstract:
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=state.step.sharding)
     return {"step": state.step, "trained": state.trained, "opt": state.opt, "key": key, "fixed": fixed}
+
+
+def _alone() -> ocp.Context:
+    """Orbax' own barrier behind a load would hold the processes that can read for ever, where one cannot."""
+    context = ocp.Context()
+    context.multiprocessing.primary_host = jax.process_index()
+    context.multiprocessing.active_processes = {jax.process_index()}
+    return context
 
 
 def _on_any_process(failed: bool) -> list[int]:

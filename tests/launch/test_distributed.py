@@ -234,6 +234,15 @@ def test_killed_restarted_preempted_and_restarted_it_is_the_same_run_to_the_bit(
     assert losses(run(recipe, workdir, count=2).workdir) == losses(two.workdir)
 
 
+def test_a_checkpoint_that_one_process_cannot_read_is_left_aside_by_all(two, recipe, tmp_path):
+    workdir = at_step(two, 12, tmp_path / "run")
+    for file in (workdir / "checkpoints" / "12" / "state" / "ocdbt.process_1" / "d").iterdir():
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    made = run(recipe, workdir, count=2)
+    assert "checkpoint of step 12" in made.said() and "resumes after step 9" in made.said()
+    assert losses(workdir) == losses(two.workdir)
+
+
 def test_what_one_process_cannot_read_ends_all_of_them(recipe, tmp_path):
     nowhere = tmp_path / "nowhere.jsonl"
     each = lambda index: ("--data", nowhere) if index else ()
