@@ -10,12 +10,14 @@ P(None, 'fsdp', 'tensor')
 
 from __future__ import annotations
 
+import bisect
 import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -116,3 +118,29 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """[rows, tokens] of a batch over `data` and `fsdp`, and `sequence`."""
     return NamedSharding(mesh, BATCH)
+
+
+def rows_here(rows: int, mesh: Mesh) -> list[int]:
+    """Which rows of a batch of `rows` rows this process' devices hold, in ascending order.
+
+    Processes along `tensor` and `sequence` hold the same rows, and on a torus those of one process need not be neighbours: of sixteen rows on a
+    v5e:4x4 with fsdp=16, process 0 holds 0, 1, 6 and 15.
+    """
+    held = batch_sharding(mesh).addressable_devices_indices_map((rows, mesh.shape["sequence"])).values()
+    return sorted({row for index in held if index is not None for row in range(rows)[index[0]]})
+
+
+def place_rows(batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """The global batch of `rows` rows, from arrays [rows here, tokens] that hold those of `rows_here` in its order."""
+    placed, here = batch_sharding(mesh), rows_here(rows, mesh)
+
+    def place(values: np.ndarray) -> jax.Array:
+        def block(index: tuple[slice, ...] | None) -> np.ndarray:
+            of_rows, of_tokens = index or (slice(None), slice(None))
+            start, stop, _ = of_rows.indices(rows)
+            first = bisect.bisect_left(here, start)  # a device's rows are neighbours, and so they are here
+            return values[first : first + stop - start, of_tokens]
+
+        return jax.make_array_from_callback((rows, *values.shape[1:]), placed, block)
+
+    return {name: place(values) for name, values in batch.items()}

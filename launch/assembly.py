@@ -95,6 +95,11 @@ def assemble(run: Run, module: Any, base: Tree, mesh: Mesh) -> Assembly:
             f"batch_size={run.batch_size} must be a multiple of data x fsdp x accumulate = {least}; "
             f"try batch_size={-(-run.batch_size // least) * least}."
         )
+    if (run.evaluation_batch_size or run.batch_size) % ways:
+        raise ValueError(
+            f"evaluation_batch_size={run.evaluation_batch_size} must be a multiple of data x fsdp = {ways}; "
+            f"try evaluation_batch_size={-(-(run.evaluation_batch_size or 1) // ways) * ways}."
+        )
     if run.data.sequence_length % mesh.shape["sequence"]:
         raise ValueError(
             f"data.sequence_length={run.data.sequence_length} must be a multiple of mesh.sequence={mesh.shape['sequence']}."

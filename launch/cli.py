@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 COMMANDS: dict[str, str] = {
-    "train": "train CONFIG.py [--FIELD VALUE ...]: run a recipe; the same command again resumes",
+    "train": "train CONFIG.py [--FIELD VALUE ...] [--distributed]: run a recipe; the same command again resumes",
     "plan": "plan CONFIG.py [--topology v5p:8x8x8 [--search]] [--json] [--FIELD VALUE ...]: what the run is, before it runs",
     "generate": "generate DIR|MODEL --prompt TEXT: answer a prompt with a run's model or any other",
     "evaluate": "evaluate NAME DIR|MODEL: measure on held-out rows (completion)",
@@ -51,16 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         _fail(" ".join(str(error).split()), 2)
     except RuntimeError as error:
+        from jaxmethods.launch.distributed import OthersFailed
         from jaxmethods.launch.train import RunFailed
 
-        out_of_memory = "RESOURCE_EXHAUSTED" in str(error)
-        if os.environ.get("JAXMETHODS_TRACEBACK") or not (isinstance(error, RunFailed) or out_of_memory):
+        told = isinstance(error, RunFailed | OthersFailed) or "RESOURCE_EXHAUSTED" in str(error)
+        if os.environ.get("JAXMETHODS_TRACEBACK") or not told:
             raise
         _fail(" ".join(str(error).split())[:600], 1)
 
 
 def _fail(text: str, status: int) -> None:
-    print(f"jaxmethods: {text}", file=sys.stderr)
+    joined = sys.modules.get("jaxmethods.launch.distributed")
+    print(f"jaxmethods{joined.label() if joined else ''}: {text}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -134,9 +136,38 @@ def _take_short_names(arguments: list[str], run: Any) -> tuple[list[str], Any]:
 
 
 def _train(arguments: list[str]) -> None:
+    from jaxmethods.launch import distributed
+
+    arguments, processes = _take_processes(arguments)
+    if processes is not None:
+        distributed.join(processes)  # before a recipe can touch a device
+
     from jaxmethods.launch.train import train
 
     train(_run_of("train", arguments))
+
+
+def _take_processes(arguments: list[str]) -> tuple[list[str], Any]:
+    """Takes `--distributed`, or `--coordinator HOST:PORT --processes N --process I`, out of the arguments.
+
+    They are no fields of the run, which may go on with another number of processes.
+    """
+    from jaxmethods.launch.distributed import Processes
+
+    rest = [argument for argument in arguments if argument != "--distributed"]
+    detect = rest != arguments
+    rest, coordinator = _take(rest, "--coordinator", "HOST:PORT")
+    rest, count = _take(rest, "--processes", "N")
+    rest, index = _take(rest, "--process", "I")
+    for flag, value in (("--processes", count), ("--process", index)):
+        if value is not None and not value.removeprefix("-").isdecimal():
+            raise ValueError(f"{flag} {value} is no whole number.")
+    told = Processes(coordinator, *(None if value is None else int(value) for value in (count, index)))
+    if detect and told != Processes():
+        raise ValueError(
+            "--distributed asks the cluster for what --coordinator, --processes and --process say; give one or the other."
+        )
+    return rest, told if detect or told != Processes() else None
 
 
 def _plan(arguments: list[str]) -> None:

@@ -17,11 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from etils import epath
+from jax.experimental import multihost_utils
 from rich.console import Console
 
 from jaxmethods import adapters, data, models, quantization, sharding, training, tree
 from jaxmethods.launch import config as run_config
-from jaxmethods.launch import cost, plot, progress, targets
+from jaxmethods.launch import cost, distributed, plot, progress, targets
 from jaxmethods.launch.assembly import Assembly, assemble, load_model, model_shapes
 from jaxmethods.launch.config import Run
 from jaxmethods.launch.metrics import MetricsFile
@@ -34,29 +35,39 @@ class RunFailed(RuntimeError):
 def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
     """Trains, or goes on with what the work folder holds. Returns the last step's metrics.
 
+    Where processes were joined (`distributed.join`) all of them call this, with the same run and a work folder that all see.
+
     Raises:
         ValueError, FileNotFoundError: the config asks for something that cannot be; nothing was run.
         RunFailed: the run had to stop, such as for a loss that is not finite.
+        distributed.OthersFailed: another process could not go on, so this one ends too.
     """
     main = jax.process_index() == 0
     console = progress.tolerant(console or Console(quiet=not main))
     say = functools.partial(console.print, soft_wrap=True, markup=False, highlight=False)
     workdir = epath.Path(run.workdir)
-    _check_folder(workdir, run)
     if run.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(run.compilation_cache))
 
-    # Devices, model, data.
-    mesh = sharding.make_mesh(dataclasses.asdict(run.mesh))
-    tokenizer = models.load_tokenizer(run.model)
-    rows, report = data.build(run.data, tokenizer)
-    held_out = data.build(run.data, tokenizer, split="evaluation")[0] if run.data.evaluation else None
-    batches = iter(data.batches(rows, batch_size=run.batch_size, seed=run.data.seed, **_process()))
-    assembly = assemble(run, *model_shapes(run), mesh)
-    _, base = load_model(run, mesh)
+    # Devices, model, data. What one process cannot find ends all of them.
+    with distributed.together("reading config, data and model"):
+        _check_folder(workdir, run)
+        if run.tensorboard:
+            _summary_writer()
+        mesh = sharding.make_mesh(dataclasses.asdict(run.mesh))
+        assembly = assemble(run, *model_shapes(run), mesh)
+        tokenizer = models.load_tokenizer(run.model)
+        rows, report = data.build(run.data, tokenizer)
+        held_out = data.build(run.data, tokenizer, split="evaluation")[0] if run.data.evaluation else None
+        batches = iter(_training_batches(assembly, rows))
+        _, base = load_model(run, mesh)
 
     # What could be wrong with config, model or data has been said by now: the folder becomes this run's.
-    _claim(workdir, run)
+    with distributed.together(f"making {workdir}"):
+        if main:
+            _claim(workdir, run)
+    with distributed.together(f"looking at {workdir}"):
+        _find_claim(workdir, run)
 
     # State: fresh, or from the latest good checkpoint.
     init_key, run_key = jax.random.split(jax.random.key(run.seed))
@@ -73,15 +84,15 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
     del base
     first = int(state.step)
     metrics_file = MetricsFile(workdir / "metrics.jsonl")
-    if main:
-        metrics_file.cut_after(first)
+    with distributed.together(f"opening {metrics_file.path}"):
+        if main:
+            metrics_file.cut_after(first)
     _announce(console, assembly, report, resumed=first)
     if first >= run.steps:
         say(f"{workdir} already holds all {run.steps} steps; nothing to do.")
         return metrics_file.last() if main else {}
 
     # The loop. Step n is dispatched before the metrics of step n - 1 are read: the device never waits for the host.
-    place = functools.partial(_placed, assembly=assembly)
     stop = _stop_on_signals(console)
     rate = run.optimizer.learning_rates(run.steps)
     share_at_one_second = _share_at_one_second(assembly)
@@ -120,7 +131,7 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
         for n in range(first + 1, run.steps + 1):
             if run.profile and n == run.profile[0]:
                 jax.profiler.start_trace(str(workdir / "profile"))
-            batch = place(next(batches))
+            batch = sharding.place_rows(next(batches), run.batch_size, mesh)
             state, metrics = assembly.step(state, frozen, batch)
             if pending is not None:
                 row = finish(pending)
@@ -129,7 +140,7 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
                 jax.block_until_ready(metrics)
                 jax.profiler.stop_trace()
 
-            last = n == run.steps or stopped()
+            last = n == run.steps or stopped(n - first)
             evaluating = held_out is not None and (
                 (run.evaluate_every and n % run.evaluate_every == 0) or n == run.steps
             )
@@ -137,7 +148,7 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
                 continue
             jax.block_until_ready(metrics)
             done = time.perf_counter()
-            extra = evaluate(assembly, state.trained, frozen, held_out, place) if evaluating else {}
+            extra = evaluate(assembly, state.trained, frozen, held_out) if evaluating else {}
             clock += time.perf_counter() - done  # a step's seconds leave out the evaluation
             row = finish(pending, extra)
             pending = None
@@ -150,21 +161,20 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
                 break
     checkpoints.close()
     metrics_file.close()
-    if main:
-        plot.draw_losses(workdir / "metrics.jsonl", workdir / "loss.png", title=workdir.name)
-        if row["step"] < run.steps:
-            say(f"stopped after step {row['step']} and saved; the same command goes on from there.")
+    if row["step"] < run.steps:
+        say(f"stopped after step {row['step']} and saved; the same command goes on from there.")
+    with distributed.together("drawing the losses"):
+        if main:
+            plot.draw_losses(workdir / "metrics.jsonl", workdir / "loss.png", title=workdir.name)
     return row
 
 
-def evaluate(
-    assembly: Assembly, trained: tree.Tree, frozen: tree.Tree, rows: Any, place: Callable[[Any], Any]
-) -> dict[str, float]:
+def evaluate(assembly: Assembly, trained: tree.Tree, frozen: tree.Tree, rows: Any) -> dict[str, float]:
     """The loss on held-out rows, each once: {"evaluation_loss": nats a target token, ...}."""
     sums: dict[str, tree.Mean] = {}
-    size = assembly.run.evaluation_batch_size or assembly.run.batch_size
-    for batch in data.evaluation_batches(rows, size, **_process()):
-        for name, mean in assembly.evaluate(trained, frozen, place(batch)).items():
+    size, mesh = assembly.run.evaluation_batch_size or assembly.run.batch_size, assembly.mesh
+    for batch in data.evaluation_batches(rows, size, share=sharding.rows_here(size, mesh)):
+        for name, mean in assembly.evaluate(trained, frozen, sharding.place_rows(batch, size, mesh)).items():
             sums[name] = sums[name] + mean if name in sums else mean
     return {f"evaluation_{name}": float(mean.value()) for name, mean in jax.device_get(sums).items()}
 
@@ -178,14 +188,18 @@ def _scores(assembly: Assembly, base: tree.Tree, rows: Any, say: Callable[[str],
     count = max(math.ceil(max(a.calibration for a in chosen) * len(rows) / run.batch_size), 1)
     by = ", ".join(sorted({a.selection for a in chosen}))
     say(f"choosing channels by {by} over {count * run.batch_size} of {len(rows)} rows")
-    batches = data.batches(rows, batch_size=run.batch_size, seed=run.data.seed, **_process())
-    placed = (_placed(batch, assembly) for batch in itertools.islice(iter(batches), count))
+    batches = itertools.islice(iter(_training_batches(assembly, rows)), count)
+    placed = (sharding.place_rows(batch, run.batch_size, assembly.mesh) for batch in batches)
     return adapters.s2ft.calibrate(assembly.module, base, placed, run.objective.loss_fn)
 
 
-def _placed(batch: Any, assembly: Assembly) -> Any:
-    where = sharding.batch_sharding(assembly.mesh)
-    return {name: jax.make_array_from_process_local_data(where, rows) for name, rows in batch.items()}
+def _training_batches(assembly: Assembly, rows: Any) -> data.Batches:
+    """Each process' part of the batches: the rows that its devices hold."""
+    run = assembly.run
+    share = sharding.rows_here(run.batch_size, assembly.mesh)
+    return data.batches(
+        rows, batch_size=run.batch_size, seed=run.data.seed, share=share, writes=jax.process_index() == 0
+    )
 
 
 def _share_at_one_second(assembly: Assembly) -> float | None:
@@ -199,10 +213,6 @@ def _share_at_one_second(assembly: Assembly) -> float | None:
     loss_fn = assembly.run.objective.loss_fn(assembly.module.clone(remat="none"))
     step = training.make_train_step(loss_fn, assembly.tx, accumulate=assembly.run.accumulate)
     return targets.mfu(cost.count(step, assembly.state, assembly.frozen, assembly.batch()).matmul_flops, 1.0, devices)
-
-
-def _process() -> dict[str, int]:
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
 def _split(assembly: Assembly, base: tree.Tree, adapter_leaves: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
@@ -232,12 +242,28 @@ def _check_folder(workdir: Any, run: Run) -> None:
 
 def _claim(workdir: Any, run: Run) -> None:
     """Makes the work folder and writes the run into it."""
-    if jax.process_index() == 0:
-        file = workdir / "config.json"
-        workdir.mkdir(parents=True, exist_ok=True)
-        partial = workdir / "config.json.partial"
-        partial.write_text(json.dumps(run_config.to_json(run), indent=2) + "\n")
-        partial.replace(file)
+    workdir.mkdir(parents=True, exist_ok=True)
+    partial = workdir / "config.json.partial"
+    partial.write_text(json.dumps(run_config.to_json(run), indent=2) + "\n")
+    partial.replace(workdir / "config.json")
+
+
+def _find_claim(workdir: Any, run: Run, *, patience: float = 60.0) -> None:
+    """Refuses a process whose work folder is another one than process 0's, or that was given another run.
+
+    patience: seconds after which a network file system must have shown the file, or what is new in it.
+    """
+    file, wanted, end = workdir / "config.json", run_config.to_json(run), time.monotonic() + patience
+    while not (found := file.exists()) or run_config.to_json(run_config.read_json(file)) != wanted:
+        if time.monotonic() > end:
+            process = f"process {jax.process_index()}"
+            raise ValueError(
+                f"{file} is not the run of {process}; give all processes the same config and flags."
+                if found
+                else f"{file}, which process 0 wrote, is not to be seen from {process}; choose a --workdir on a file system "
+                "that all hosts share, or in a bucket."
+            )
+        time.sleep(0.5)
 
 
 def _judge(run: Run, step: int, values: dict[str, Any], bar: Any) -> None:
@@ -253,25 +279,29 @@ def _judge(run: Run, step: int, values: dict[str, Any], bar: Any) -> None:
 
 
 @contextlib.contextmanager
-def _stop_on_signals(console: Console) -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGTERM or Ctrl-C came; a second one interrupts at once.
+def _stop_on_signals(console: Console) -> Iterator[Callable[[int], bool]]:
+    """Yields a function of the steps done since the start that tells whether SIGTERM or Ctrl-C came; a second Ctrl-C interrupts at
+    once, and so does a second SIGTERM to a process that is alone.
 
-    With several processes the runtime's own preemption notice is used instead: a handler here would hide it.
+    Processes that were joined stop after the same step, whichever of them the signal came to: the runtime has taken SIGTERM and
+    agrees on the step, and Ctrl-C is handed to it. It counts the calls from 0, so that a notice from before the first of them is
+    answered by the first.
     """
-    if jax.process_count() > 1:
-        yield lambda: False
-        return
     came: list[int] = []
+    joined = jax.distributed.is_initialized()
 
     def note(number: int, frame: Any) -> None:
         if came:
             raise KeyboardInterrupt
         came.append(number)
+        if joined:
+            signal.raise_signal(signal.SIGTERM)
         console.print("stopping after this step; once more to stop at once.")
 
-    old = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGINT,) if joined else (signal.SIGTERM, signal.SIGINT)
+    old = {number: signal.signal(number, note) for number in numbers}
     try:
-        yield lambda: bool(came)
+        yield multihost_utils.reached_preemption_sync_point if joined else lambda step: bool(came)
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
@@ -292,7 +322,8 @@ def _announce(console: Console, assembly: Assembly, report: Any, *, resumed: int
             "model": f"{run.model} ({total / 1e6:,.1f} M parameters"
             + (f", linear layers frozen in {run.quantize})" if run.quantize else ")"),
             "trained": f"{share:,} parameters ({share / total:.2%}) in {shown}",
-            "devices": f"{len(assembly.mesh.devices.flat)} x {assembly.mesh.devices.flat[0].device_kind} ({mesh})",
+            "devices": f"{assembly.mesh.size} x {assembly.mesh.devices.flat[0].device_kind} ({mesh})"
+            + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""),
             "data": str(report),
             "step": f"{run.batch_size} rows x {run.data.sequence_length} tokens"
             + (f" in {run.accumulate} parts" if run.accumulate > 1 else "")
@@ -301,13 +332,17 @@ def _announce(console: Console, assembly: Assembly, report: Any, *, resumed: int
     )
 
 
-@contextlib.contextmanager
-def _tensorboard(workdir: Any) -> Iterator[Any]:
+def _summary_writer() -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise ValueError("tensorboard=True needs a package: pip install tensorboardX") from None
-    writer = SummaryWriter(str(workdir / "tensorboard"))
+    return SummaryWriter
+
+
+@contextlib.contextmanager
+def _tensorboard(workdir: Any) -> Iterator[Any]:
+    writer = _summary_writer()(str(workdir / "tensorboard"))
     try:
         yield writer
     finally:

@@ -1,4 +1,5 @@
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -54,3 +55,17 @@ def test_every_matrix_of_a_decoder_has_a_rule(family):
     for path, leaf in tree.flatten(params).items():
         if path.endswith(("kernel", "embedding")) and min(leaf.shape[-2:]) % 8 == 0:
             assert any(sharding.spec_for(path, leaf.shape, mesh, models.RULES)), path
+
+
+def test_a_batch_is_placed_row_by_row_however_devices_are_ordered():
+    rows = {"tokens": np.arange(24).reshape(8, 3), "weight": np.arange(8.0)}
+    for devices in (jax.devices(), jax.devices()[::-1]):
+        mesh = sharding.Mesh(np.array(devices).reshape(2, 2, 2), sharding.AXES)
+        assert sharding.rows_here(8, mesh) == list(range(8))  # one process holds them all
+        placed = sharding.place_rows(rows, 8, mesh)
+        for name, values in rows.items():
+            assert placed[name].sharding == sharding.batch_sharding(mesh)
+            np.testing.assert_array_equal(placed[name], values)
+            for number, device in enumerate(devices):  # two of tensor hold the same two rows
+                shard = next(s for s in placed[name].addressable_shards if s.device == device)
+                np.testing.assert_array_equal(shard.data, values[number // 2 * 2 : number // 2 * 2 + 2])

@@ -1,10 +1,11 @@
-"""From rows to batches: shuffled, mixed, split by process; the position in them is one integer.
+"""From rows to batches: shuffled, mixed, split among processes; the position in them is one integer.
 
-The global batch is formed first and then split, so any number of processes sees the same batches:
+The global batch is formed first, and each process makes the rows of it that it needs, so any number of processes sees the
+same batches:
 
 >>> rows = grain.MapDataset.source([{"tokens": np.array([i])} for i in range(6)])
 >>> whole = batches(rows, batch_size=4, seed=1)
->>> halves = [batches(rows, batch_size=4, seed=1, process_index=i, process_count=2) for i in (0, 1)]
+>>> halves = [batches(rows, batch_size=4, seed=1, share=share) for share in ([0, 1], [2, 3])]
 >>> bool((np.concatenate([half[7]["tokens"] for half in halves]) == whole[7]["tokens"]).all())
 True
 """
@@ -58,11 +59,11 @@ class Batches(grain.IterDataset):
     Its iterators are `BatchIterator`s.
     """
 
-    def __init__(self, numbered: grain.MapDataset, identity: dict[str, int], process_index: int):
+    def __init__(self, numbered: grain.MapDataset, identity: dict[str, int], writes: bool):
         super().__init__(numbered.to_iter_dataset(_AHEAD))
         self._numbered = numbered
         self._identity = identity
-        self._process_index = process_index
+        self._writes = writes
 
     def __len__(self) -> int:
         return len(self._numbered)
@@ -73,7 +74,7 @@ class Batches(grain.IterDataset):
         return self._numbered[index]
 
     def __iter__(self) -> BatchIterator:
-        return BatchIterator(iter(self._parent), self._identity, self._process_index)
+        return BatchIterator(iter(self._parent), self._identity, self._writes)
 
     def __str__(self) -> str:
         return f"Batches({self._identity})"
@@ -82,15 +83,15 @@ class Batches(grain.IterDataset):
 class BatchIterator(grain.DatasetIterator):
     """Goes through `Batches`; `position` is the number of the batch that comes next.
 
-    An orbax (v1) checkpointable. All processes save the same position, so process 0 writes it for all, and
+    An orbax (v1) checkpointable. All processes save the same position, so one of them writes it for all, and
     any number of processes can load it; grain's own iterators write a file a process and load only into as
     many. Loading refuses a position in other data: another number of rows, batch size or seed.
     """
 
-    def __init__(self, parent: grain.DatasetIterator, identity: dict[str, int], process_index: int):
+    def __init__(self, parent: grain.DatasetIterator, identity: dict[str, int], writes: bool):
         super().__init__(parent)
         self._identity = identity
-        self._process_index = process_index
+        self._writes = writes
 
     def __next__(self) -> Batch:
         return next(self._parent)
@@ -111,7 +112,7 @@ class BatchIterator(grain.DatasetIterator):
         text = json.dumps({"next_batch": self.position, **self._identity})
 
         async def write() -> None:
-            if self._process_index == 0:
+            if self._writes:
                 folder = await directory.await_creation()
                 await asyncio.to_thread((folder / _FILE).write_text, text)
 
@@ -142,16 +143,19 @@ def batches(
     batch_size: int,
     seed: int,
     epochs: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Sequence[int] | None = None,
+    writes: bool = True,
 ) -> Batches:
     """Batches of shuffled rows for training, without end or for `epochs` passes over the rows.
 
     Every epoch is a new permutation of all rows; batches go on across the end of an epoch, and only the rows
-    behind the last full batch of the last epoch are left out. A batch is a dict of arrays [batch_size /
-    process_count, ...]: the contiguous part of the global batch that belongs to process `process_index`.
+    behind the last full batch of the last epoch are left out. A batch is a dict of arrays [len(share), ...].
 
-    Raises ValueError where the batch does not divide among the processes, or the rows do not make one batch.
+    Args:
+        share: which rows of each batch this process makes, by their place in it (`sharding.rows_here`); None: all.
+        writes: whether this process writes the position into checkpoints; one must.
+
+    Raises ValueError where `share` is no part of the batch, or the rows do not make one batch.
     """
     if not len(rows):
         raise ValueError("there are no rows to make batches of.")
@@ -165,38 +169,35 @@ def batches(
             f"take more epochs, or batch_size={len(rows) * epochs}."
         )
     stream = _shuffled(rows, seed).repeat(epochs)
-    share = _Share(stream, batch_size, process_index, process_count)
+    part = _Share(stream, batch_size, share)
     identity = {"batch_size": batch_size, "seed": seed, "rows": len(rows)}
-    return Batches(share.batch(share.size, drop_remainder=True), identity, process_index)
+    return Batches(part.batch(part.size, drop_remainder=True), identity, writes)
 
 
-def evaluation_batches(
-    rows: grain.MapDataset, batch_size: int, *, process_index: int = 0, process_count: int = 1
-) -> Batches:
-    """Every row exactly once, in order; the last batch is filled up with padding rows (`segment_ids` 0)."""
+def evaluation_batches(rows: grain.MapDataset, batch_size: int, *, share: Sequence[int] | None = None) -> Batches:
+    """Every row exactly once, in order; the last batch is filled up with padding rows (`segment_ids` 0).
+
+    `share` is what it is in `batches`."""
     if not len(rows):
         raise ValueError("there are no rows to make batches of.")
-    share = _Share(_Filled(rows, batch_size), batch_size, process_index, process_count)
-    return Batches(share.batch(share.size), {"batch_size": batch_size, "rows": len(rows)}, process_index)
+    part = _Share(_Filled(rows, batch_size), batch_size, share)
+    return Batches(part.batch(part.size), {"batch_size": batch_size, "rows": len(rows)}, writes=False)
 
 
 class _Share(grain.MapDataset):
     """One process' rows of every global batch of `batch_size` rows."""
 
-    def __init__(self, rows: grain.MapDataset, batch_size: int, process_index: int, process_count: int):
+    def __init__(self, rows: grain.MapDataset, batch_size: int, share: Sequence[int] | None):
         super().__init__(rows)
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be positive.")
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index={process_index} is no process of process_count={process_count}.")
-        if batch_size % process_count:
+        self._places = range(batch_size) if share is None else tuple(share)
+        if not self._places or min(self._places) < 0 or max(self._places) >= batch_size:
             raise ValueError(
-                f"batch_size={batch_size} must be a multiple of the number of processes ({process_count}); "
-                f"try batch_size={-(-batch_size // process_count) * process_count}."
+                f"share={list(self._places)} must name some of the batch's rows, 0 to {batch_size - 1} for batch_size={batch_size}."
             )
-        self.size = batch_size // process_count
+        self.size = len(self._places)
         self._batch_size = batch_size
-        self._first = process_index * self.size
 
     def __len__(self) -> int:
         return len(self._parent) // self._batch_size * self.size
@@ -205,10 +206,10 @@ class _Share(grain.MapDataset):
         if isinstance(index, slice):
             return self.slice(index)
         batch, row = divmod(index, self.size)
-        return self._parent[batch * self._batch_size + self._first + row]
+        return self._parent[batch * self._batch_size + self._places[row]]
 
     def __str__(self) -> str:
-        return f"Share(rows {self._first}..{self._first + self.size - 1} of {self._batch_size})"
+        return f"Share({self.size} rows of {self._batch_size})"
 
 
 class _Filled(grain.MapDataset):

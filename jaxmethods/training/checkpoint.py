@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from jaxmethods import tree
@@ -79,7 +81,8 @@ class Checkpoints:
     ) -> tuple[State, tree.Tree] | None:
         """(state, fixed) of the latest checkpoint that can be read, or None where there is none; `batches` is set to its position.
 
-        A damaged checkpoint is left aside, said so, and the one before it is tried.
+        A damaged checkpoint is left aside, said so, and the one before it is tried; by all processes, where one of them cannot
+        read its part.
 
         Args:
             state, fixed: trees of arrays or ShapeDtypeStructs with the shardings that the result shall have.
@@ -93,12 +96,16 @@ class Checkpoints:
         like = {"state": jax.tree.map(describe, _pack(state, fixed))} | ({} if batches is None else {"data": batches})
         steps = self.steps() if step is None else [step]
         for tried in reversed(steps):
+            failure = None
             try:
-                packed = self._checkpointer.load_checkpointables(tried, like)["state"]
+                with _alone():
+                    packed = ocp.load_checkpointables(self._directory.resolve() / str(tried), like)["state"]
             except Exception as error:  # Orbax raises many kinds for a damaged file
-                say(
-                    f"checkpoint of step {tried} in {self._directory} cannot be read ({_root_cause(error)}); left aside."
-                )
+                failure = _root_cause(error)
+            failed = _on_any_process(failure is not None)
+            if failed:
+                why = failure or f"by process {', '.join(map(str, failed))}"
+                say(f"checkpoint of step {tried} in {self._directory} cannot be read ({why}); left aside.")
                 continue
             if batches is not None:  # the run goes on from here: a later, damaged step must not meet its new save
                 for later in steps:
@@ -123,6 +130,20 @@ def _pack(state: State, fixed: tree.Tree) -> dict[str, Any]:
     if abstract:
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=state.step.sharding)
     return {"step": state.step, "trained": state.trained, "opt": state.opt, "key": key, "fixed": fixed}
+
+
+def _alone() -> ocp.Context:
+    """Orbax' own barrier behind a load would hold the processes that can read for ever, where one cannot."""
+    context = ocp.Context()
+    context.multiprocessing.primary_host = jax.process_index()
+    context.multiprocessing.active_processes = {jax.process_index()}
+    return context
+
+
+def _on_any_process(failed: bool) -> list[int]:
+    """The processes where it is true. A single one needs no device for it."""
+    everywhere = multihost_utils.process_allgather(np.array(failed)) if jax.process_count() > 1 else np.array([failed])
+    return np.flatnonzero(everywhere).tolist()
 
 
 def _root_cause(error: BaseException) -> str:

@@ -59,12 +59,23 @@ def test_batches_go_on_across_epochs_and_the_end_is_left_out():
     assert sorted(rows[:5]) == sorted(rows[5:10]) == list(range(5)) and len(rows) == 12
 
 
+def contiguous(size, index, count):
+    """The rows of part `index` of `count`."""
+    return range(index * size // count, (index + 1) * size // count)
+
+
+def test_a_share_is_any_rows_of_the_batch_in_its_own_order():
+    whole = batches(numbered(11), batch_size=8, seed=5)
+    part = batches(numbered(11), batch_size=8, seed=5, share=[1, 4, 6])
+    for number in range(4):
+        assert np.array_equal(part[number]["tokens"], whole[number]["tokens"][[1, 4, 6]])
+
+
 def test_processes_see_their_parts_of_the_same_batches():
     whole = batches(numbered(11), batch_size=8, seed=5)
     for count in (1, 2, 4, 8):
         parts = [
-            iter(batches(numbered(11), batch_size=8, seed=5, process_index=i, process_count=count))
-            for i in range(count)
+            iter(batches(numbered(11), batch_size=8, seed=5, share=contiguous(8, i, count))) for i in range(count)
         ]
         for number, batch in enumerate(itertools.islice(whole, 5)):
             shares = [next(part) for part in parts]
@@ -85,7 +96,7 @@ def test_resuming_at_any_position_with_any_number_of_processes():
         for count in (1, 2, 4):
             shares = []
             for index in range(count):
-                part = iter(batches(rows, batch_size=4, seed=2, process_index=index, process_count=count))
+                part = iter(batches(rows, batch_size=4, seed=2, share=contiguous(4, index, count)))
                 next(part)  # wherever it stood
                 part.set_state(state)
                 assert part.position == position
@@ -103,7 +114,7 @@ def test_checkpoints_move_between_process_counts(tmp_path):
     for count in (1, 2, 4):
         shares = []
         for index in range(count):
-            part = iter(batches(rows, batch_size=4, seed=1, process_index=index, process_count=count))
+            part = iter(batches(rows, batch_size=4, seed=1, share=contiguous(4, index, count)))
             assert isinstance(part, BatchIterator) and isinstance(part, grain.DatasetIterator)
             ocp.load_checkpointables(tmp_path / "step", {"data": part})
             assert part.position == 3
@@ -135,9 +146,10 @@ def load(iterator, path):
     asyncio.run(run())
 
 
-def test_process_0_writes_the_position_for_all(tmp_path):
+def test_one_process_writes_the_position_for_all(tmp_path):
     def parts():
-        return [iter(batches(numbered(9), batch_size=4, seed=1, process_index=i, process_count=2)) for i in (0, 1)]
+        share = lambda i: {"share": contiguous(4, i, 2), "writes": i == 0}
+        return [iter(batches(numbered(9), batch_size=4, seed=1, **share(i))) for i in (0, 1)]
 
     first, second = parts()
     taken(first, 2), taken(second, 2)
@@ -188,7 +200,7 @@ def test_no_row_occurs_twice_in_an_epoch_of_a_mixture():
 def test_mixtures_split_by_process_and_resume():
     def stream(index=0, count=1):
         rows = Mixture([numbered(9), numbered(5, first=1000)], [1.0, 3.0])
-        return batches(rows, batch_size=4, seed=1, process_index=index, process_count=count)
+        return batches(rows, batch_size=4, seed=1, share=contiguous(4, index, count))
 
     order = taken(stream(), 10)
     parts = [iter(stream(index, 2)) for index in (0, 1)]
@@ -208,7 +220,7 @@ def test_evaluation_has_every_row_once_and_fills_up_with_padding():
             real = np.concatenate([batch["segment_ids"][:, 0] for batch in seen])
             assert rows[real > 0].tolist() == list(range(count))
             assert not rows[real == 0].any() and (np.diff(real) <= 0).all()
-        halves = [evaluation_batches(numbered(count), size, process_index=i, process_count=2) for i in (0, 1)]
+        halves = [evaluation_batches(numbered(count), size, share=contiguous(size, i, 2)) for i in (0, 1)]
         for batch, *parts in zip(seen, *halves, strict=True):
             for name in batch:
                 assert np.array_equal(np.concatenate([part[name] for part in parts]), batch[name])
@@ -216,16 +228,13 @@ def test_evaluation_has_every_row_once_and_fills_up_with_padding():
 
 def test_what_is_wrong_is_said():
     rows = numbered(5)
-    with pytest.raises(
-        ValueError, match=r"batch_size=6 must be a multiple of the number of processes \(4\); try batch_size=8"
-    ):
-        batches(rows, batch_size=6, seed=0, process_count=4)
+    for share in ([], [3, 4], [-1]):
+        with pytest.raises(ValueError, match=r"must name some of the batch's rows, 0 to 3 for batch_size=4"):
+            batches(rows, batch_size=4, seed=0, share=share)
     with pytest.raises(ValueError, match="batch_size=0 must be positive"):
         batches(rows, batch_size=0, seed=0)
     with pytest.raises(ValueError, match="batch_size=0 must be positive"):
         evaluation_batches(rows, 0)
-    with pytest.raises(ValueError, match="process_index=2 is no process of process_count=2"):
-        batches(rows, batch_size=4, seed=0, process_index=2, process_count=2)
     with pytest.raises(ValueError, match="epochs=0 must be positive"):
         batches(rows, batch_size=4, seed=0, epochs=0)
     with pytest.raises(ValueError, match="5 rows in epochs=1 do not fill one batch of batch_size=6"):

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from jaxmethods.launch import cli
+
 
 @pytest.fixture
 def refused(command, shop, tmp_path):
@@ -53,6 +55,8 @@ def test_wrong_commands_files_and_flags(refused, shop, tmp_path, command):
     unknown = refused("train", shop / "recipe.py", "--optimizer.learning-rte", "1", "--workdir", tmp_path / "run")
     assert "--optimizer.learning-rate" in unknown
     assert "invalid literal" in refused("train", shop / "recipe.py", "--steps", "many", "--workdir", tmp_path / "run")
+    alone = refused("train", shop / "recipe.py", "--distributed", "--workdir", tmp_path / "run")
+    assert "--distributed found no cluster of SLURM, Open MPI, Kubernetes or Cloud TPU here" in alone
     mesh = refused("train", shop / "recipe.py", "--mesh.fsdp", "3", "--workdir", tmp_path / "run")
     assert "asks for 3 devices and there are 1" in mesh
     missing = refused("train", shop / "recipe.py", "--data", shop / "trian.jsonl", "--workdir", tmp_path / "run")
@@ -84,3 +88,25 @@ def test_help_and_plan(command, shop, tmp_path):
     assert plan["flops_per_step"] > 0 and plan["model"]["layers"] == 3
     assert "trained" in command("plan", shop / "recipe.py").stdout
     assert not (shop / "run" / "plan").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--coordinator 127.0.0.1:1", "--coordinator without --processes, --process: name all of"),
+        ("--processes 2 --process 0", "--processes, --process without --coordinator: name all of"),
+        ("--coordinator host --processes 2 --process 0", "--coordinator host is not HOST:PORT, as in"),
+        ("--coordinator h:99999 --processes 2 --process 0", "--coordinator h:99999 is not HOST:PORT, as in"),
+        ("--coordinator h:1 --processes 2 --process 2", "--process 2 is none of --processes 2; they are numbered 0 to 1"),
+        ("--coordinator h:1 --processes 2 --process -1", "--process -1 is none of --processes 2; they are numbered 0 to 1"),
+        ("--coordinator h:1 --processes 0 --process 0", "--processes 0 must be at least 1"),
+        ("--coordinator h:1 --processes two --process 0", "--processes two is no whole number"),
+        ("--coordinator --processes 2 --process 0", "--coordinator needs a value: --coordinator HOST:PORT"),
+        ("--distributed --coordinator h:1 --processes 2 --process 0", "give one or the other"),
+    ],
+)  # fmt: skip
+def test_processes_that_cannot_be_joined(capsys, flags, says):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "recipe.py", *flags.split()])
+    line = capsys.readouterr().err.strip()
+    assert ended.value.code == 2 and says in line and "\n" not in line
