@@ -104,12 +104,14 @@ def implementation_for(device: Any, hidden: Any, unembedding: Any, *, transposed
 
     The caller answers for it that each device computes on its own: a kernel cannot be split by `jax.jit`.
     """
-    fits = pallas_tpu.fits(hidden, unembedding, transposed=transposed)
-    return "pallas_tpu" if fits and re.search(_WITH_ROOM, device.device_kind) else "xla"
+    better = _BETTER_TRANSPOSED if transposed else _BETTER
+    if re.match(better, device.device_kind) and pallas_tpu.fits(hidden, unembedding, transposed=transposed):
+        return "pallas_tpu"
+    return "xla"
 
 
-_WITH_ROOM = r"TPU (v5|v6)|TPU7x"
-"""Generations whose cores have 64 MiB of VMEM or more; v4 and older have 16."""
+_BETTER, _BETTER_TRANSPOSED = r"TPU v[56]", r"TPU (v5p?$|v6)"
+"""Where the kernels take less memory or fewer bytes by the compiler's report (docs/kernels.md); older chips have too little VMEM."""
 
 
 def _statistics(

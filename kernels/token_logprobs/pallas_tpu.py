@@ -160,8 +160,13 @@ def _bwd(settings: Settings, residuals, g: TokenStatistics):  # type: ignore[no-
         hidden, unembedding, targets, where, kept = saved
         kept = Kept(*(x[None] if where is None else jnp.where(where, x, 0.0)[None] for x in kept))
         return *xla.backward(settings, needs, hidden, unembedding, targets, where, kept, xla.instantiate(g)), None, None
-    d_hidden = None if direction is None else (g.logps[:, None] * direction.astype(jnp.float32)).astype(direction.dtype)
-    return d_hidden, _d_unembedding(settings, *saved, g.logps) if needs.unembedding else None, None, None
+    d_hidden, d_unembedding = None, None
+    if needs.hidden:
+        d_hidden = (g.logps[:, None] * direction.astype(jnp.float32)).astype(direction.dtype)
+    if needs.unembedding:
+        hidden, unembedding, targets, where, kept = saved
+        d_unembedding = _d_unembedding(settings, hidden, unembedding, targets, where, kept, g.logps)
+    return d_hidden, d_unembedding, None, None
 
 
 _token_statistics.defvjp(_fwd, _bwd, symbolic_zeros=True)
@@ -262,8 +267,7 @@ def _forward(
         return found_here, kept, None
     own, mean = (_back(rows, x).astype(jnp.float32) for x in found[4:])
     share = jnp.exp(local_top - top) * local_total / total  # of this device's vocabulary in all probability
-    direction = _slope(settings, target)[..., None] * own if settings.softcap else own
-    direction = direction - share[:, None] * mean
+    direction = _slope(settings, target[:, None]) * own - share[:, None] * mean
     if where is not None:
         direction = jnp.where(where[:, None], direction, 0)
     return found_here, kept, direction.astype(hidden.dtype)
@@ -300,9 +304,9 @@ def _forward_kernel(settings, sizes, vocab, with_direction, used, first, last, h
         total[...] = total[...] * shrink + p.sum(axis=1, keepdims=True)
         is_target = at == targets[...] - start
         if pull is not None:
-            slopes = p
-            if settings.softcap:
-                slopes = p * _slope(settings, logits) if left is None else jnp.where(at < left, p * _slope(settings, logits), 0.0)
+            slopes = p * _slope(settings, logits)
+            if left is not None:  # the slope at LOW is not finite
+                slopes = jnp.where(at < left, slopes, 0.0)
             slopes = slopes.astype(weights.dtype)
 
             @functools.partial(_over_width, pull.shape[1])
@@ -376,8 +380,7 @@ def _d_unembedding_kernel(settings, sizes, used, hidden, weights, targets, lse, 
         logits = _logits(settings, hidden, weights, sizes)
         is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[...] - j * sizes.vocab
         d_logits = g[...] * (is_target.astype(jnp.float32) - jnp.exp(logits - lse[...]))
-        if settings.softcap:
-            d_logits *= _slope(settings, logits)
+        d_logits *= _slope(settings, logits)
         d_logits = d_logits.astype(hidden.dtype)
 
         @functools.partial(_over_width, hidden.shape[1])
@@ -448,6 +451,6 @@ def _to_hidden(settings: Settings, columns: Array, weights: Any, part: Any, left
     return _product(columns, w, 1, settings.axis)
 
 
-def _slope(settings: Settings, logits: Array) -> Array:
+def _slope(settings: Settings, logits: Array) -> Array | float:
     """The soft-cap's derivative, given its values."""
-    return 1.0 - jnp.square(logits / settings.softcap)
+    return 1.0 if settings.softcap is None else 1.0 - jnp.square(logits / settings.softcap)

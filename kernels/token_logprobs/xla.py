@@ -143,7 +143,8 @@ def _bwd(settings: Settings, residuals, g: TokenStatistics):  # type: ignore[no-
     if all(isinstance(x, SymbolicZero) for x in g if x is not None):
         return None, None, None, None
     if isinstance(saved, tuple):
-        return *backward(settings, needs, *saved, instantiate(g)), None, None
+        hidden, unembedding, targets, where, kept = saved
+        return *backward(settings, needs, hidden, unembedding, targets, where, kept, instantiate(g)), None, None
     return (g.logps[:, None] * saved.astype(jnp.float32)).astype(saved.dtype), None, None, None
 
 
@@ -174,8 +175,8 @@ def _forward(
     unblock = functools.partial(_unblock, blocks, tokens=len(targets))
     found, kept = TokenStatistics(unblock(target - lse)), Kept(lse)
     if weighted is not None:
-        kept = Kept(lse, jnp.log(total) - weighted / total)
-        found = TokenStatistics(found.logps, unblock(kept.lse), unblock(kept.entropy))
+        entropy = jnp.log(total) - weighted / total
+        found, kept = TokenStatistics(found.logps, unblock(lse), unblock(entropy)), Kept(lse, entropy)
     if pull is None:
         return found, kept, None
     here = (blocks.targets >= 0) & (blocks.targets < unembedding.shape[settings.axis])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the findings have no public name
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
@@ -117,9 +118,8 @@ def test_in_a_simulated_tpu_nothing_races_and_nothing_unset_is_read(small_tiles)
     mode = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="uninitialized")
     got = run((0, 1), hidden, unembedding, targets, weights, mode=mode, where=where)
     close(got, (logps, *gradients))
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
-    assert not interpret_pallas_call.get_races().races_found
+    races = interpret_pallas_call.races
+    assert races is not None and not races.races_found
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -200,6 +200,11 @@ def test_the_device_compiled_for_chooses():
     of = lambda kind, *shape, dtype=jnp.bfloat16: implementation_for(
         Device(kind), jax.ShapeDtypeStruct(shape[:2], dtype), jax.ShapeDtypeStruct(shape[1:], dtype)
     )
+    hidden, table = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((4096, 4096), (128256, 4096)))
+    tied = [
+        implementation_for(Device(kind), hidden, table, transposed=True) for kind in ("TPU v5 lite", "TPU v5", "TPU v6e")
+    ]
+    assert tied == ["xla", "pallas_tpu", "pallas_tpu"]
     for kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite"):
         assert of(kind, 4096, 4096, 128256) == "pallas_tpu"
         assert of(kind, 4096, 8192, 128256, dtype=jnp.float32) == "pallas_tpu"

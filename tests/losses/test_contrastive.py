@@ -47,15 +47,16 @@ def by_hand(queries, targets, temperature, symmetric=True):
     cosines = q @ t.T
     z = cosines / temperature
 
-    def softmax(axis):
-        e = np.exp(z - z.max(axis, keepdims=True))
-        return e / e.sum(axis, keepdims=True)
+    def log_softmax(axis):
+        below = z - z.max(axis, keepdims=True)
+        return below - np.log(np.exp(below).sum(axis, keepdims=True))
 
+    softmax = lambda axis: np.exp(log_softmax(axis))
     eye = np.eye(len(q))
     share = 0.5 if symmetric else 1.0
-    value, d_z = -share * np.log(np.diag(softmax(1))).mean(), share * (softmax(1) - eye) / len(q)
+    value, d_z = -share * np.diag(log_softmax(1)).mean(), share * (softmax(1) - eye) / len(q)
     if symmetric:
-        value, d_z = value - 0.5 * np.log(np.diag(softmax(0))).mean(), d_z + 0.5 * (softmax(0) - eye) / len(q)
+        value, d_z = value - 0.5 * np.diag(log_softmax(0)).mean(), d_z + 0.5 * (softmax(0) - eye) / len(q)
     project = lambda d, x, length: (d - x * (d * x).sum(1, keepdims=True)) / length
     d_q, d_t = project(d_z @ t / temperature, q, lengths[0]), project(d_z.T @ q / temperature, t, lengths[1])
     return value, d_q, d_t, -(d_z * z).sum() / temperature
@@ -160,7 +161,8 @@ def test_pairs_by_pairs_is_never_held():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
 def test_nor_on_a_tpu(topology):
-    assert memory(32_768, 768, chips.devices_of(topology)[0]) < 32_768**2 * 4 / 20
+    """Two float32 gradients before they are scaled, 192 MiB, and a bfloat16 copy of one side, 48."""
+    assert memory(32_768, 768, chips.devices_of(topology)[0]) < 32_768**2 * 4 / 16
 
 
 def test_wrong_arguments_say_so():
