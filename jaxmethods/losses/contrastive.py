@@ -18,7 +18,7 @@ LEAST_NORM = 1e-12
 
 def info_nce(
     queries: Float[Array | np.ndarray, "pairs dim"],
-    targets: Float[Array | np.ndarray, "pairs dim"],
+    targets: Float[Array | np.ndarray, "targets width"],
     *,
     temperature: float | Float[Array | np.ndarray, ""],
     symmetric: bool = True,

@@ -16,9 +16,9 @@ IMPLEMENTATIONS = {"xla": xla.info_nce, "reference": reference.info_nce}
 
 def info_nce(
     queries: Float[Array | np.ndarray, "pairs dim"],
-    targets: Float[Array | np.ndarray, "pairs dim"],
+    targets: Float[Array | np.ndarray, "targets width"],
     query_scale: Float[Array | np.ndarray, "pairs"],
-    target_scale: Float[Array | np.ndarray, "pairs"],
+    target_scale: Float[Array | np.ndarray, "targets"],
     *,
     symmetric: bool = True,
     axis_name: str | tuple[str, ...] | None = None,
