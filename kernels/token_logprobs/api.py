@@ -111,7 +111,7 @@ def implementation_for(device: Any, hidden: Any, unembedding: Any, *, transposed
 
 
 _BETTER, _BETTER_TRANSPOSED = r"TPU v[56]", r"TPU (v5p?$|v6)"
-"""Where the kernels take less memory or fewer bytes by the compiler's report (docs/kernels.md); older chips have too little VMEM."""
+"""Where the kernels take less memory or fewer bytes by the compiler's report (docs/kernels.md); older ones have too little VMEM."""
 
 
 def _statistics(
