@@ -4,6 +4,7 @@
 """
 
 from jaxmethods.kernels.attention import attention
-from jaxmethods.kernels.token_logprobs import token_logprobs
+from jaxmethods.kernels.info_nce import info_nce
+from jaxmethods.kernels.token_logprobs import token_logprobs, token_statistics
 
-__all__ = ["attention", "token_logprobs"]
+__all__ = ["attention", "info_nce", "token_logprobs", "token_statistics"]

@@ -58,9 +58,9 @@ def test_every_matrix_of_a_decoder_has_a_rule(family):
 
 
 def test_a_batch_is_placed_row_by_row_however_devices_are_ordered():
-    rows = {"tokens": np.arange(24).reshape(8, 3), "weight": np.arange(8.0)}
+    rows = {"tokens": np.arange(24).reshape(8, 3), "weight": np.arange(24.0).reshape(8, 3)}
     for devices in (jax.devices(), jax.devices()[::-1]):
-        mesh = sharding.Mesh(np.array(devices).reshape(2, 2, 2), sharding.AXES)
+        mesh = sharding.Mesh(np.array(devices).reshape(2, 2, 1, 2), sharding.AXES)
         assert sharding.rows_here(8, mesh) == list(range(8))  # one process holds them all
         placed = sharding.place_rows(rows, 8, mesh)
         for name, values in rows.items():

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmethods.kernels.token_logprobs import token_logprobs
+from jaxmethods.kernels.token_logprobs import implementation_for, token_logprobs
 from jaxmethods.sharding import tokens_spec
 from jaxmethods.tree import Tree
 
@@ -97,8 +97,9 @@ def target_logps(
     tied = module.config.tie_embeddings
     matrix = params["model"]["embed_tokens"]["embedding"] if tied else params["lm_head"]["unembedding"]
 
-    logps_of = functools.partial(_flat_logps, softcap=module.config.final_softcap, transposed=tied)
     mesh = getattr(module, "mesh", None)
+    device = None if mesh is None else mesh.devices.flat[0]  # the one compiled for, which need not be this machine's
+    logps_of = functools.partial(_flat_logps, softcap=module.config.final_softcap, transposed=tied, device=device)
     if mesh is not None and mesh.size > 1:
         logps_of = _on_shards(logps_of, mesh, tokens_spec(*wanted.shape, mesh), matrix.shape, transposed=tied)
     logps = logps_of(hidden, matrix.astype(hidden.dtype), following(tokens), wanted)
@@ -106,10 +107,12 @@ def target_logps(
 
 
 def _flat_logps(
-    hidden: Array, matrix: Array, targets: Array, wanted: Array, **options: Any
+    hidden: Array, matrix: Array, targets: Array, wanted: Array, *, transposed: bool, device: Any, **options: Any
 ) -> Float[Array, "batch time"]:
     flat = hidden.reshape(-1, hidden.shape[-1]), matrix, targets.reshape(-1)
-    return token_logprobs(*flat, where=wanted.reshape(-1), **options).reshape(wanted.shape)
+    chosen = None if device is None else implementation_for(device, *flat[:2], transposed=transposed)
+    options |= {"where": wanted.reshape(-1), "transposed": transposed, "implementation": chosen}
+    return token_logprobs(*flat, **options).reshape(wanted.shape)
 
 
 def _on_shards(logps_of: Any, mesh: Mesh, over: P, shape: tuple[int, ...], *, transposed: bool) -> Any:

@@ -1,3 +1,3 @@
-from jaxmethods.kernels.token_logprobs.api import token_logprobs
+from jaxmethods.kernels.token_logprobs.api import TokenStatistics, implementation_for, token_logprobs, token_statistics
 
-__all__ = ["token_logprobs"]
+__all__ = ["TokenStatistics", "implementation_for", "token_logprobs", "token_statistics"]

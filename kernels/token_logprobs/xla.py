@@ -19,6 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmethods.kernels.manual_axes import vary, varying_axes
+from jaxmethods.kernels.token_logprobs.reference import TokenStatistics, masked
 
 LOGITS = 1 << 21
 """How many logits are held at once, about."""
@@ -26,29 +27,42 @@ LEAST_VOCAB = 2048
 """A block of the vocabulary is not made smaller than this, however many tokens there are."""
 TOKENS = 512
 """Most tokens of one block, when compact; half of it when only some tokens are wanted, so that the last wastes less."""
-_LOW = -1e30
+LOW = -1e30
 """Where the running maximum starts; finite, so that differences are never nan."""
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
     softcap: float | None
     axis_name: str | None
     transposed: bool
     compact: bool
+    everything: bool
+    """Log-sum-exp and entropy too."""
 
     @property
     def axis(self) -> int:
         """The axis of the unembedding that is the vocabulary."""
         return 0 if self.transposed else 1
 
+    def vocabulary(self, unembedding: Array) -> int:
+        """How many tokens there are, on all devices of the axis."""
+        return unembedding.shape[self.axis] * (1 if self.axis_name is None else jax.lax.axis_size(self.axis_name))
+
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class _Needs:
+class Needs:
     """Which inputs are differentiated."""
 
     hidden: bool
     unembedding: bool
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs of the forward pass."""
+
+    lse: Float[Array, "b n"]
+    entropy: Float[Array, "b n"] | None = None
 
 
 class _Blocks(NamedTuple):
@@ -73,11 +87,13 @@ class _Softmax(NamedTuple):
     """Sum of exp(logit - top)."""
     target: Float[Array, "b n"]
     """The target's logit; 0 where its block of the vocabulary was not met."""
+    weighted: Float[Array, "b n"] | None
+    """Sum of exp(logit - top) (logit - top), if asked for."""
     pull: Float[Array, "b n D"] | None
     """Sum of exp(logit - top) d(logit) / d(hidden), if asked for."""
 
 
-def token_logprobs(
+def token_statistics(
     hidden: Float[Array, "tokens dim"],
     unembedding: Float[Array, "dim vocab"] | Float[Array, "vocab dim"],
     targets: Int[Array, "tokens"],
@@ -87,80 +103,95 @@ def token_logprobs(
     axis_name: str | None,
     transposed: bool,
     compact: bool | None,
-) -> Float[Array, "tokens"]:
-    """See `api.token_logprobs`."""
+    everything: bool,
+) -> TokenStatistics:
+    """See `api`; without `everything`, log-probabilities alone."""
     if compact is None:
-        compact = jax.default_backend() == "cpu" and _on_one_device()
-    settings = _Settings(softcap, axis_name, transposed, compact)
+        compact = jax.default_backend() == "cpu" and on_one_device()
+    settings = Settings(softcap, axis_name, transposed, compact, everything)
     # Marked outside of the custom derivative: the transpose then sums gradients over the mesh axes that were added.
     hidden, unembedding = vary((hidden, unembedding), varying_axes(hidden, unembedding))
-    logps = _token_logprobs(settings, hidden, unembedding, targets, where)
-    vocab = unembedding.shape[settings.axis] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
-    logps = jnp.where((targets >= 0) & (targets < vocab), logps, jnp.nan)
-    return logps if where is None else jnp.where(where, logps, 0.0)
+    found = _token_statistics(settings, hidden, unembedding, targets, where)
+    return masked(found, targets, where, settings.vocabulary(unembedding))
 
 
-def _on_one_device() -> bool:
+def on_one_device() -> bool:
+    """Whether what is being traced is one device's: no other is there, or the call stands in a `shard_map` over all axes."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_logprobs(
-    settings: _Settings, hidden: Array, unembedding: Array, targets: Array, where: Array | None
-) -> Array:
+def _token_statistics(
+    settings: Settings, hidden: Array, unembedding: Array, targets: Array, where: Array | None
+) -> TokenStatistics:
     """Values at tokens that are not wanted mean nothing, but are finite."""
     return _forward(settings, hidden, unembedding, targets, where, with_direction=False)[0]
 
 
-def _fwd(settings: _Settings, hidden, unembedding, targets, where):  # type: ignore[no-untyped-def]
-    needs = _Needs(hidden.perturbed, unembedding.perturbed)
+def _fwd(settings: Settings, hidden, unembedding, targets, where):  # type: ignore[no-untyped-def]
+    needs = Needs(hidden.perturbed, unembedding.perturbed)
     arrays = hidden.value, unembedding.value, targets.value, None if where is None else where.value
-    only_hidden = needs == _Needs(hidden=True, unembedding=False)
-    logps, lse, direction = _forward(settings, *arrays, with_direction=only_hidden)
-    return logps, (needs, direction if only_hidden else (*arrays, lse))
+    # The direction serves the gradients of log-probabilities alone.
+    only_hidden = needs == Needs(hidden=True, unembedding=False) and not settings.everything
+    found, kept, direction = _forward(settings, *arrays, with_direction=only_hidden)
+    return found, (needs, direction if only_hidden else (*arrays, kept))
 
 
-def _bwd(settings: _Settings, residuals, g):  # type: ignore[no-untyped-def]
+def _bwd(settings: Settings, residuals, g: TokenStatistics):  # type: ignore[no-untyped-def]
     needs, saved = residuals
-    if isinstance(g, SymbolicZero):
+    if all(isinstance(x, SymbolicZero) for x in g if x is not None):
         return None, None, None, None
     if isinstance(saved, tuple):
-        hidden, unembedding, targets, where, lse = saved
-        return *_backward(settings, needs, hidden, unembedding, targets, where, lse, g), None, None
-    return (g[:, None] * saved.astype(jnp.float32)).astype(saved.dtype), None, None, None
+        hidden, unembedding, targets, where, kept = saved
+        return *backward(settings, needs, hidden, unembedding, targets, where, kept, instantiate(g)), None, None
+    return (g.logps[:, None] * saved.astype(jnp.float32)).astype(saved.dtype), None, None, None
 
 
-_token_logprobs.defvjp(_fwd, _bwd, symbolic_zeros=True)
+_token_statistics.defvjp(_fwd, _bwd, symbolic_zeros=True)
+
+
+def instantiate(g: TokenStatistics) -> TokenStatistics:
+    """The cotangents, with zeros where JAX knows that there is none."""
+    zeros = lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
+    return jax.tree.map(zeros, g, is_leaf=lambda x: isinstance(x, SymbolicZero))
 
 
 def _forward(
-    settings: _Settings, hidden: Array, unembedding: Array, targets: Array, where: Array | None, *, with_direction: bool
-) -> tuple[Array, Array, Array | None]:
-    """Log-probabilities [N], log-sum-exp of the logits by block [b, n], and, if asked, d(logps) / d(hidden) [N, D]."""
+    settings: Settings, hidden: Array, unembedding: Array, targets: Array, where: Array | None, *, with_direction: bool
+) -> tuple[TokenStatistics, Kept, Array | None]:
+    """The statistics, what of them the backward pass keeps, and, if asked, d(logps) / d(hidden) [N, D]."""
     blocks = _blocks(settings, hidden, unembedding, targets, where)
     state = _softmax(settings, blocks, unembedding, with_direction)
-    top, total, target = state.top, state.total, state.target
+    top, total, target, weighted, pull = state
     if settings.axis_name is not None:
         top = jax.lax.pmax(top, settings.axis_name)
-        total, target = jax.lax.psum((total * jnp.exp(state.top - top), target), settings.axis_name)
-    lse = top + jnp.log(jnp.maximum(total, 1.0))  # >= 1 wherever it was computed: the largest term is exp(0)
-    logps = _unblock(blocks, target - lse, len(targets))
-    if state.pull is None:
-        return logps, lse, None
+        shrink = jnp.exp(state.top - top)
+        if weighted is not None:
+            weighted = jax.lax.psum((weighted + (state.top - top) * total) * shrink, settings.axis_name)
+        total, target = jax.lax.psum((total * shrink, target), settings.axis_name)
+    total = jnp.maximum(total, 1.0)  # >= 1 wherever it was computed: the largest term is exp(0)
+    lse = top + jnp.log(total)
+    unblock = functools.partial(_unblock, blocks, tokens=len(targets))
+    found, kept = TokenStatistics(unblock(target - lse)), Kept(lse)
+    if weighted is not None:
+        entropy = jnp.log(total) - weighted / total
+        found, kept = TokenStatistics(found.logps, unblock(lse), unblock(entropy)), Kept(lse, entropy)
+    if pull is None:
+        return found, kept, None
     here = (blocks.targets >= 0) & (blocks.targets < unembedding.shape[settings.axis])
     own = jnp.take(unembedding, jnp.where(here, blocks.targets, 0), axis=settings.axis)
     own = (own if settings.transposed else jnp.moveaxis(own, 0, -1)).astype(jnp.float32)
     push = here * _slope(settings, target)
-    direction = push[..., None] * own - jnp.exp(state.top - lse)[..., None] * state.pull
-    return logps, lse, _unblock(blocks, direction.astype(hidden.dtype), len(targets))
+    direction = push[..., None] * own - jnp.exp(state.top - lse)[..., None] * pull
+    return found, kept, unblock(direction.astype(hidden.dtype))
 
 
-def _softmax(settings: _Settings, blocks: _Blocks, unembedding: Array, with_pull: bool) -> _Softmax:
+def _softmax(settings: Settings, blocks: _Blocks, unembedding: Array, with_pull: bool) -> _Softmax:
     """The online softmax over this device's vocabulary."""
 
     def step(start: Any, weights: Array, i: Any, state: _Softmax) -> _Softmax:
-        hidden, targets, (top, total, target, pull) = _at((blocks.hidden, blocks.targets, state), i)
+        hidden, targets, (top, total, target, weighted, pull) = _at((blocks.hidden, blocks.targets, state), i)
         logits = _logits(settings, hidden, weights)
         new_top = jnp.maximum(top, logits.max(axis=-1))
         shrink = jnp.exp(top - new_top)
@@ -168,14 +199,17 @@ def _softmax(settings: _Settings, blocks: _Blocks, unembedding: Array, with_pull
         column = targets - start
         here = (column >= 0) & (column < logits.shape[1])
         own = jnp.take_along_axis(logits, jnp.where(here, column, 0)[:, None], axis=1)[:, 0]
+        if weighted is not None:
+            weighted = (weighted + (top - new_top) * total) * shrink + (p * (logits - new_top[:, None])).sum(axis=-1)
         if pull is not None:
             pull = pull * shrink[:, None] + _to_hidden(settings, p * _slope(settings, logits), weights)
-        new = _Softmax(new_top, total * shrink + p.sum(axis=-1), jnp.where(here, own, target), pull)
+        total = total * shrink + p.sum(axis=-1)
+        new = _Softmax(new_top, total, jnp.where(here, own, target), weighted, pull)
         return _put(state, new, i)
 
     zeros = jnp.zeros(blocks.targets.shape, jnp.float32)
     pull = jnp.zeros(blocks.hidden.shape, jnp.float32) if with_pull else None
-    state = vary(_Softmax(zeros + _LOW, zeros, zeros, pull), varying_axes(unembedding))
+    state = vary(_Softmax(zeros + LOW, zeros, zeros, zeros if settings.everything else None, pull), varying_axes(unembedding))
 
     def vocabulary(start: Any, weights: Array, state: _Softmax) -> _Softmax:
         return _over_tokens(blocks, functools.partial(step, start, weights), state)
@@ -183,26 +217,30 @@ def _softmax(settings: _Settings, blocks: _Blocks, unembedding: Array, with_pull
     return _over_vocabulary(settings, blocks, unembedding, vocabulary, state)
 
 
-def _backward(
-    settings: _Settings,
-    needs: _Needs,
+def backward(
+    settings: Settings,
+    needs: Needs,
     hidden: Array,
     unembedding: Array,
     targets: Array,
     where: Array | None,
-    lse: Float[Array, "b n"],
-    g: Float[Array, "N"],
+    kept: Kept,
+    g: TokenStatistics,
 ) -> tuple[Array | None, Array | None]:
     """Gradients of hidden and unembedding; None where not needed."""
     blocks = _blocks(settings, hidden, unembedding, targets, where)
-    g = _block(g if blocks.order is None else g[blocks.order], lse.shape[1])
+    g = jax.tree.map(lambda x: _block(x if blocks.order is None else x[blocks.order], kept.lse.shape[1]), g)
 
     def step(start: Any, weights: Array, i: Any, state: Any) -> Any:
         d_hidden, d_weights = state
-        h, targets, lse_i, g_i = _at((blocks.hidden, blocks.targets, lse, g), i)
+        h, *columns = _at((blocks.hidden, blocks.targets, kept, g), i)
         logits = _logits(settings, h, weights)
-        is_target = jnp.arange(logits.shape[1]) == (targets - start)[:, None]
-        d_logits = g_i[:, None] * (is_target - jnp.exp(logits - lse_i[:, None])) * _slope(settings, logits)
+        targets, (lse, entropy), (g_logps, g_lse, g_entropy) = jax.tree.map(lambda x: x[:, None], columns)
+        p = jnp.exp(logits - lse)
+        d_logits = g_logps * ((jnp.arange(logits.shape[1]) == targets - start) - p)
+        if entropy is not None:
+            d_logits += p * (g_lse + g_entropy * (lse - logits - entropy))
+        d_logits *= _slope(settings, logits)
         if d_hidden is not None:
             d_hidden = _put(d_hidden, _at(d_hidden, i) + _to_hidden(settings, d_logits, weights), i)
         if d_weights is not None:
@@ -243,16 +281,16 @@ def _einsum(equation: str, *operands: Array) -> Array:
     return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
 
 
-def _logits(settings: _Settings, hidden: Float[Array, "n D"], weights: Array) -> Float[Array, "n v"]:
+def _logits(settings: Settings, hidden: Float[Array, "n D"], weights: Array) -> Float[Array, "n v"]:
     logits = _einsum("nd,vd->nv" if settings.transposed else "nd,dv->nv", hidden, weights)
     return logits if settings.softcap is None else settings.softcap * jnp.tanh(logits / settings.softcap)
 
 
-def _to_hidden(settings: _Settings, d_logits: Float[Array, "n v"], weights: Array) -> Float[Array, "n D"]:
+def _to_hidden(settings: Settings, d_logits: Float[Array, "n v"], weights: Array) -> Float[Array, "n D"]:
     return _einsum("nv,vd->nd" if settings.transposed else "nv,dv->nd", d_logits.astype(weights.dtype), weights)
 
 
-def _slope(settings: _Settings, logits: Array) -> Array | float:
+def _slope(settings: Settings, logits: Array) -> Array | float:
     """The soft-cap's derivative, given its values."""
     return 1.0 if settings.softcap is None else 1.0 - jnp.square(logits / settings.softcap)
 
@@ -261,7 +299,7 @@ def _slope(settings: _Settings, logits: Array) -> Array | float:
 
 
 def _over_vocabulary(
-    settings: _Settings, blocks: _Blocks, unembedding: Array, step: Callable[[Any, Array, Any], Any], state: Any
+    settings: Settings, blocks: _Blocks, unembedding: Array, step: Callable[[Any, Array, Any], Any], state: Any
 ) -> Any:
     """`state = step(start, weights, state)` for each block of the vocabulary; a smaller last one after the loop."""
     axis = settings.axis
@@ -303,7 +341,7 @@ def _put(old: Any, new: Any, i: Any) -> Any:
     return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), old, new)
 
 
-def _blocks(settings: _Settings, hidden: Array, unembedding: Array, targets: Array, where: Array | None) -> _Blocks:
+def _blocks(settings: Settings, hidden: Array, unembedding: Array, targets: Array, where: Array | None) -> _Blocks:
     if settings.axis_name is not None:
         targets = targets - unembedding.shape[settings.axis] * jax.lax.axis_index(settings.axis_name)
     if where is not None:

@@ -318,5 +318,5 @@ def test_wrong_arguments_say_so():
         token_logprobs(hidden, unembedding, targets, transposed=True)
     with pytest.raises(ValueError, match="softcap=-1"):
         token_logprobs(hidden, unembedding, targets, softcap=-1.0)
-    with pytest.raises(ValueError, match="xla, reference"):
+    with pytest.raises(ValueError, match="xla, pallas_tpu, reference"):
         token_logprobs(hidden, unembedding, targets, implementation="pallas")

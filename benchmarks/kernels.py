@@ -1,0 +1,239 @@
+"""Operations in kernels/: what each implementation costs beside the reference, which holds everything.
+
+    python benchmarks/kernels.py --to docs/kernels.md
+
+On the CPU every measurement is a fresh process, and implementations take turns. Where the TPU compiler is installed (pip
+install 'jaxmethods[aot]'), its report for TPUs follows: nothing is run there. An operation is one function in OPERATIONS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import processes
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    repeats: int = 5
+    """Timed runs a process, after one that is not counted."""
+    rounds: int = 3
+    """Processes of each case."""
+    threads: int = 2
+    """Threads."""
+    topologies: tuple[str, ...] = ("v5e:1x1", "v5p:2x2x1", "v6e:1x1")
+    """TPUs to compile for; one device is used."""
+    only: str = ""
+    """Only operations that begin with this."""
+    to: str | None = None
+    """Write the tables to this file too."""
+    child: str | None = None
+    """(Of the script itself: what this process measures.)"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A function to compile and the shapes of its arguments."""
+
+    run: Callable[..., Any]
+    shapes: tuple[Any, ...]
+    flops: float
+    """Of its matrix products."""
+    kernel_bytes: float = 0.0
+    """What Pallas kernels read and write, which the compiler does not tell."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """`make(implementation, step, **size) -> Work`, for each of `steps`; the first implementation is compared with."""
+
+    make: Callable[..., Work]
+    steps: tuple[str, ...]
+    cpu: Mapping[str, Any]
+    tpu: Mapping[str, Any]
+    on_cpu: tuple[str, ...] = ("reference", "xla")
+    on_tpu: tuple[str, ...] = ("reference", "xla")
+
+
+def token_logprobs(
+    implementation: str, step: str, *, tokens: int, dim: int, vocab: int, dtype: str, transposed: bool = False
+) -> Work:
+    import jax
+
+    from jaxmethods.kernels import token_logprobs as op
+    from jaxmethods.kernels.token_logprobs import pallas_tpu
+
+    f = functools.partial(op, transposed=transposed, implementation=implementation)
+    run = {
+        "values": f,
+        "and d hidden": lambda h, u, t: jax.value_and_grad(lambda h: f(h, u, t).sum())(h),
+        "and both": lambda h, u, t: jax.value_and_grad(lambda h, u: f(h, u, t).sum(), (0, 1))(h, u),
+    }[step]
+    hidden = jax.ShapeDtypeStruct((tokens, dim), dtype)
+    unembedding = jax.ShapeDtypeStruct((vocab, dim) if transposed else (dim, vocab), dtype)
+    products = {"values": 1, "and d hidden": 2, "and both": 3 if implementation == "reference" else 4}[step]
+    kernels = {"values": ["values"], "and d hidden": ["direction"], "and both": ["direction", "unembedding"]}[step]
+    sizes = functools.partial(pallas_tpu.hbm_bytes, hidden, unembedding, transposed=transposed)
+    moved = sum(sizes(kernel=kernel) for kernel in kernels) if implementation == "pallas_tpu" else 0
+    shapes = hidden, unembedding, jax.ShapeDtypeStruct((tokens,), "int32")
+    return Work(run, shapes, 2.0 * tokens * dim * vocab * products, moved)
+
+
+def info_nce(implementation: str, step: str, *, pairs: int, dim: int) -> Work:
+    import jax
+
+    from jaxmethods.kernels import info_nce as op
+
+    f = lambda *arrays: op(*arrays, implementation=implementation).mean()
+    run = f if step == "values" else jax.value_and_grad(f, (0, 1, 2, 3))
+    rows, column = jax.ShapeDtypeStruct((pairs, dim), "float32"), jax.ShapeDtypeStruct((pairs,), "float32")
+    # The reference multiplies for rows and columns apart.
+    products = {"xla": (1, 4), "reference": (2, 6)}[implementation][step != "values"]
+    return Work(run, (rows, rows, column, column), 2.0 * pairs * pairs * dim * products)
+
+
+_TOKENS = dict(tokens=4096, dim=4096, vocab=128256, dtype="bfloat16")
+OPERATIONS = {
+    "token_logprobs": Operation(
+        token_logprobs, ("values", "and d hidden", "and both"),
+        cpu=dict(tokens=1024, dim=576, vocab=49152, dtype="float32"), tpu=_TOKENS, on_tpu=("reference", "xla", "pallas_tpu"),
+    ),
+    "token_logprobs, tied": Operation(
+        token_logprobs, ("values", "and d hidden", "and both"),
+        cpu=dict(tokens=1024, dim=576, vocab=49152, dtype="float32", transposed=True), tpu=_TOKENS | {"transposed": True},
+        on_tpu=("reference", "xla", "pallas_tpu"),
+    ),
+    "info_nce": Operation(info_nce, ("values", "and all gradients"), cpu=dict(pairs=4096, dim=768), tpu=dict(pairs=32768, dim=768)),
+}  # fmt: skip
+
+
+def measure(o: Options) -> None:
+    """What a child process does: prints one JSON object."""
+    import jax
+
+    where, name, implementation, step = str(o.child).split("|")
+    operation = OPERATIONS[name]
+    if where != "cpu":
+        print(json.dumps(compiled(operation.make(implementation, step, **operation.tpu), where)))
+        return
+    work = operation.make(implementation, step, **operation.cpu)
+    draw = lambda i, x: (
+        jax.random.normal(jax.random.key(i), x.shape, x.dtype)
+        if jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
+        else jax.random.randint(jax.random.key(i), x.shape, 0, 1000, x.dtype)
+    )
+    arrays = [draw(i, x) for i, x in enumerate(work.shapes)]
+    program = jax.jit(work.run).lower(*arrays).compile()
+    before = processes.peak_bytes()
+    seconds = []
+    for _ in range(o.repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(program(*arrays))
+        seconds.append(time.perf_counter() - start)
+    found = {"seconds": statistics.median(seconds[1:]), "grown": processes.peak_bytes() - before, "flops": work.flops}
+    print(json.dumps(found | {"temporaries": program.memory_analysis().temp_size_in_bytes}))
+
+
+def compiled(work: Work, topology: str) -> dict[str, float]:
+    """The TPU compiler's report, and the seconds that published rates allow: of matrix units and of HBM."""
+    import jax
+    from jax.sharding import SingleDeviceSharding
+
+    from jaxmethods.launch import hlo, targets
+
+    device = targets.devices_of(topology)[0]
+    place = SingleDeviceSharding(device)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in work.shapes]
+    program, text = targets.compile_for(jax.jit(work.run).lower(*shapes), "tpu")
+    # What the compiler's text says of a kernel, operands and results once, gives way to grid x blocks.
+    parsed = hlo.parse(text)
+    without = lambda lines: {name: i for name, i in lines.items() if "tpu_custom_call" not in i.attributes}
+    outside = hlo.Program({name: without(lines) for name, lines in parsed.computations.items()}, parsed.entry)
+    moved, chip = hlo.memory_traffic(outside) + work.kernel_bytes, targets.chip_of(device)
+    return {
+        "temporaries": program.memory_analysis().temp_size_in_bytes, "moved": moved,
+        "compute": work.flops / chip.flops, "memory": moved / chip.memory_rate,
+    }  # fmt: skip
+
+
+def main(o: Options) -> None:
+    if o.child:
+        measure(o)
+        return
+    chosen = {name: operation for name, operation in OPERATIONS.items() if name.startswith(o.only)}
+    targets = ("cpu", *(o.topologies if importlib.util.find_spec("libtpu") else ()))
+    results: dict[str, list[dict[str, float]]] = {}
+    for turn in range(o.rounds):
+        for where in targets if turn == 0 else ("cpu",):
+            for name, operation in chosen.items():
+                for step in operation.steps:
+                    for implementation in operation.on_cpu if where == "cpu" else operation.on_tpu:
+                        case = f"{where}|{name}|{implementation}|{step}"
+                        arguments = [f"--repeats={o.repeats}", f"--child={case}"]
+                        found = processes.run(__file__, arguments, o.threads, {"TPU_SKIP_MDS_QUERY": "1"})
+                        results.setdefault(case, []).append(found)
+                        print(f"round {turn + 1} of {o.rounds}: {case} {found}", file=sys.stderr, flush=True)
+    text = table(o, chosen, results)
+    print(text)
+    if o.to:
+        Path(o.to).write_text(text + "\n")
+
+
+def table(o: Options, chosen: Mapping[str, Operation], results: dict[str, list[dict[str, float]]]) -> str:
+    from importlib.metadata import version
+
+    middle = lambda case, name: statistics.median(found[name] for found in results[case])
+    fastest = lambda case: min(found["seconds"] for found in results[case])
+    size_of = lambda size: ", ".join(f"{name} {value}" for name, value in size.items())
+    lines = [
+        "# What kernels cost",
+        "",
+        f"`python benchmarks/kernels.py`, {date.today()}, {processes.cpu()}, {o.threads} threads, jax {version('jax')}; "
+        f"medians of {o.rounds} processes of {o.repeats} runs. The reference holds everything; ratios are of times, in brackets "
+        "of the fastest processes. Temporaries are the compiler's report.",
+    ]
+    for name, operation in chosen.items():
+        lines += ["", f"## {name}", "", f"CPU: {size_of(operation.cpu)}.", ""]
+        lines += [
+            "| step | form | ms | of the reference | temporaries MiB | memory grown MiB |",
+            "| --- | --- | ---: | ---: | ---: | ---: |",
+        ]
+        for step in operation.steps:
+            base = f"cpu|{name}|{operation.on_cpu[0]}|{step}"
+            for form in operation.on_cpu:
+                case = f"cpu|{name}|{form}|{step}"
+                ratio = f"{middle(case, 'seconds') / middle(base, 'seconds'):.2f} ({fastest(case) / fastest(base):.2f})"
+                memory = " | ".join(f"{middle(case, kind) / 2**20:.0f}" for kind in ("temporaries", "grown"))
+                lines.append(f"| {step} | {form} | {1e3 * middle(case, 'seconds'):.0f} | {ratio} | {memory} |")
+        if any(case.startswith(o.topologies) for case in results):
+            lines += ["", f"TPU compiler (libtpu {version('libtpu')}): {size_of(operation.tpu)}.", ""]
+            lines += [
+                "| TPU | step | form | temporaries MiB | HBM GB | matrix units ms | HBM ms |",
+                "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+            ]
+        for topology in o.topologies:
+            for step in operation.steps:
+                for form in operation.on_tpu:
+                    if found := results.get(f"{topology}|{name}|{form}|{step}"):
+                        r = found[0]
+                        memory = f"{r['temporaries'] / 2**20:.0f} | {r['moved'] / 1e9:.1f}"
+                        times = f"{1e3 * r['compute']:.1f} | {1e3 * r['memory']:.1f}"
+                        lines.append(f"| {topology.split(':')[0]} | {step} | {form} | {memory} | {times} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
