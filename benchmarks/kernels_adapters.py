@@ -47,7 +47,7 @@ class Case:
 
 
 def expand_cases() -> Iterator[Case]:
-    """The backward pass of S'MoRE's last product (96 channels and a bias), and of LoRA's and S²FT's."""
+    """The backward pass of S'MoRE's last product, 96 channels and a bias, and of one as wide as S²FT's."""
     import jax
     import jax.numpy as jnp
 
@@ -56,7 +56,7 @@ def expand_cases() -> Iterator[Case]:
     def backward(implementation: str, state: Any, kernel: Any, bias: Any, g: Any) -> Any:
         return jax.vjp(functools.partial(expand, implementation=implementation), state, kernel, bias)[1](g)
 
-    for channels, d_out in ((96, 4096), (96, 14336), (16, 4096), (430, 4096)):
+    for channels, d_out in ((96, 4096), (96, 14336), (430, 4096)):
         shapes = (
             _shape((channels, TOKENS)), _shape((channels, d_out), jnp.float32), _shape((d_out,), jnp.float32),
             _shape((TOKENS, d_out)),
@@ -115,12 +115,12 @@ def channels_cases() -> Iterator[Case]:
 
 
 def banked_cases() -> Iterator[Case]:
-    """32 rows decode, each with one of 64 adapters: S²FT's 430 channels, and each product of LoRA's pair of rank 16."""
+    """32 rows decode, each with one of 256 adapters: S²FT's 432 channels, and each product of LoRA's pair of rank 16."""
     import jax.numpy as jnp
 
     from jaxmethods.kernels.banked import banked_linear
 
-    for d_in, d_out, transposed in ((430, 4096, False), (4096, 16, True), (16, 4096, False)):
+    for d_in, d_out, transposed in ((432, 4096, False), (4096, 16, True), (16, 4096, False)):
         forms = {
             name: functools.partial(banked_linear, transposed=transposed, implementation=name)
             for name in ("xla", "pallas_tpu")
@@ -128,7 +128,7 @@ def banked_cases() -> Iterator[Case]:
         entry = (d_out, d_in) if transposed else (d_in, d_out)
         yield Case(
             "banked_linear", f"32 rows, {d_in} to {d_out}", forms,
-            (_shape((32, 1, d_in)), _shape((64, *entry), jnp.float32), _shape((32,), jnp.int32)),
+            (_shape((32, 1, d_in)), _shape((256, *entry), jnp.float32), _shape((32,), jnp.int32)),
         )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxmethods import tree
-from jaxmethods.adapters.attach import adapted_layers, attach, detach, is_adapter
+from jaxmethods.adapters.attach import adapted_layers, attach, detach, is_adapter, leaves_of
 from jaxmethods.adapters.base import AnyAdapter, Call, Result
 from jaxmethods.kernels.banked import banked_linear
 from jaxmethods.tree import Tree
@@ -50,11 +50,13 @@ def bank(adapted: Any, variants: Sequence[Tree], *, implementation: str | None =
                 if path not in other or other[path].shape != first[path].shape:
                     found = f"shape {other[path].shape}" if path in other else "nothing"
                     raise ValueError(f"variant {n} holds {found} at {path!r}; the first one has {first[path].shape}.")
-            flat[path.replace(f"/{adapter.kind}/", f"/{adapter.kind}/bank/", 1)] = jnp.stack(
-                [other[path] for other in flats], depth
-            )
+            stacked = jnp.stack([other[path] for other in flats], depth)
+            if _takes_channels(adapter, leaves_of(first, layer, adapter)):
+                stacked = _even(stacked, depth + 1)
+            flat[path.replace(f"/{adapter.kind}/", f"/{adapter.kind}/bank/", 1)] = stacked
     module, _ = detach(adapted, variants[0])
-    return attach(module, {p: Banked(a, len(variants), implementation) for p, a in adapted.adapters}), tree.unflatten(flat)
+    served = {pattern: Banked(adapter, len(variants), implementation) for pattern, adapter in adapted.adapters}
+    return attach(module, served), tree.unflatten(flat)
 
 
 def for_rows(params: Tree, rows: Int[Array | np.ndarray, " batch"] | Sequence[int]) -> Tree:
@@ -115,7 +117,7 @@ class Banked:
         if self.kind == "lora":
             narrow = product(x, bank["a"].swapaxes(1, 2), transposed=True)
             delta = product(narrow * self.adapter.scale, bank["b"])
-        elif self.kind == "s2ft" and self.adapter.side == "in" and "delta" in bank and "indices" in bank:
+        elif _takes_channels(self.adapter, bank):
             indices = _own(bank["indices"], rows)
             chosen = jnp.take_along_axis(x, indices[:, None], axis=-1, mode="fill", fill_value=0)
             delta = product(chosen, bank["delta"])
@@ -125,6 +127,22 @@ class Banked:
 
     def merge(self, leaves: Tree, kernel: Any) -> Any:
         raise ValueError("a bank of adapters has no one kernel; merge the adapters one by one.")
+
+
+def _takes_channels(adapter: AnyAdapter, leaves: Tree) -> bool:
+    """Whether what it adds is chosen channels of x times a change: S²FT's input side, neither permuted nor in "block" form."""
+    return adapter.kind == "s2ft" and adapter.side == "in" and {"delta", "indices"} <= leaves.keys()
+
+
+def _even(leaf: Array, axis: int) -> Array:
+    """S²FT's channels padded to a multiple of eight by changes of zero to a channel past the end.
+
+    A TPU lays arrays out in tiles of eight rows. Where entries are no whole tiles it keeps the bank in another order, and each
+    call would first copy all of it.
+    """
+    pads = [(0, -leaf.shape[axis] % 8 if n == axis else 0) for n in range(leaf.ndim)]
+    past_the_end = 0 if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.iinfo(leaf.dtype).max
+    return jnp.pad(leaf, pads, constant_values=past_the_end)
 
 
 def _own(bank: Tree, rows: Array) -> Tree:

@@ -32,8 +32,9 @@ def take_channels(
 ) -> Float[Array, "*batch chosen"]:
     """x[..., indices], and 0 for an index past the end. Differentiable in reverse mode, in x.
 
-    Both implementations give the same bits, but for an infinity or nan in a token's x: "product" then gives nan for all of the
-    token's channels.
+    Both implementations give the same bits, but for numbers so small that a TPU takes them, or the lower one of the bfloat16
+    parts into which it splits float32, for 0; and for an infinity or nan in a token's x, where "product" gives nan for
+    all of the token's channels.
 
     Args:
         indices: from 0 up.

@@ -93,19 +93,20 @@ def test_bytes_by_hand():
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize(("d_in", "d_out", "transposed"), [(430, 4096, False), (4096, 16, True), (16, 4096, False)])
+@pytest.mark.parametrize(("d_in", "d_out", "transposed"), [(432, 4096, False), (4096, 16, True), (16, 4096, False)])
 def test_the_tpu_compiler_takes_it_and_entries_are_read_once(topology, d_in, d_out, transposed):
-    """32 rows decode with 64 adapters: S²FT's 430 channels of a down projection, and LoRA's pair of rank 16."""
+    """32 rows decode with 256 adapters: S²FT's channels of a down projection, and LoRA's pair of rank 16."""
     shapes = [
         jax.ShapeDtypeStruct((32, 1, d_in), jnp.bfloat16),
-        jax.ShapeDtypeStruct((64, d_out, d_in) if transposed else (64, d_in, d_out), jnp.float32),
+        jax.ShapeDtypeStruct((256, d_out, d_in) if transposed else (256, d_in, d_out), jnp.float32),
         jax.ShapeDtypeStruct((32,), jnp.int32),
     ]
-    forms = (
-        functools.partial(banked_linear, transposed=transposed, implementation=name) for name in ("pallas_tpu", "xla")
-    )
-    kernel, xla = (report(topology, form, *shapes) for form in forms)
+    form = functools.partial(banked_linear, transposed=transposed)
+    kernel, xla = (report(topology, functools.partial(form, implementation=i), *shapes) for i in ("pallas_tpu", "xla"))
     assert 'custom_call_target="tpu_custom_call"' in kernel.text
-    moved = pallas_tpu.hbm_bytes(range(32), 1, d_in, d_out, d_out, jnp.bfloat16, jnp.float32)
-    assert moved <= 0.8 * xla.traffic
+    bank = 256 * d_in * d_out * 4
+    assert bank <= kernel.traffic <= bank + 2e6  # the whole bank is counted as read; it is copied nowhere
     assert kernel.temporaries <= max(xla.temporaries, 1e6)
+    moved = pallas_tpu.hbm_bytes(range(32), 1, d_in, d_out, d_out, jnp.bfloat16, jnp.float32)
+    if topology.startswith("v5p"):  # the others have room on the chip for what XLA gathers here
+        assert moved <= 0.4 * xla.traffic

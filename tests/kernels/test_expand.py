@@ -13,9 +13,9 @@ from jax.sharding import PartitionSpec as P
 from jaxmethods.kernels.expand import expand, pallas_tpu
 from tests.kernels.compiler import TOPOLOGIES, needs_compiler, report
 
-CASES = [  # channels, tokens, d_out: one block; two and a rest of tokens, three of outputs; no whole lanes
+CASES = [  # channels, tokens, d_out: one block; two and a rest of tokens, 17 of outputs; no whole lanes
     (6, 40, 256, jnp.float32),
-    (5, 1030, 3 * 2048, jnp.bfloat16),
+    (5, 1030, 17 * 128, jnp.bfloat16),
     (3, 600, 40, jnp.float32),
 ]
 
@@ -33,9 +33,10 @@ def value_and_gradients(state, kernel, bias, g, implementation):
 
 
 def assert_near(got, want, dtype, terms):
-    """Rounding: of the result to `dtype`, and of the float32 sums of `terms` numbers of size 1."""
+    """Rounding: of the product, and of its sum with the bias, to `dtype`; and of float32 sums of `terms` numbers of size 1."""
     result = {jnp.float32: 2.0**-22, jnp.bfloat16: 2.0**-7}[dtype]
-    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=result, atol=2e-6 * terms**0.5 + result / 8)
+    atol = 2e-6 * terms**0.5 + result * np.abs(want).max()
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=result, atol=atol)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
