@@ -17,6 +17,8 @@ from jaxmethods.kernels.expand import pallas_tpu, xla
 from jaxmethods.kernels.manual_axes import vary, varying_axes
 
 IMPLEMENTATIONS = {"xla": xla.cotangents, "pallas_tpu": one_tpu.compiled_or_interpreted(pallas_tpu.cotangents)}
+LARGE = 64 << 20
+"""Bytes of a cotangent that XLA no longer keeps on the chip between two products (docs/kernels_adapters.md)."""
 
 
 def expand(
@@ -29,14 +31,15 @@ def expand(
     """state' kernel (+ bias), in the dtype of `state`, whose tokens are the last axis. Differentiable once, in reverse mode.
 
     The forward pass is XLA's: it reads little and writes the result once, the least there is. The backward pass has three
-    products with the cotangent g [tokens, d_out] (for state, kernel and bias), each of which XLA reads g for. Here the bias is a
-    row of ones below the state, so that "xla" has two; "pallas_tpu" computes both from one tile of g, which is then read once.
-    The gradient of `kernel` and `bias` has their own dtype, with float32 sums.
+    products with the cotangent g [tokens, d_out] (for state, kernel and bias). Here the bias is a row of ones below the state,
+    which leaves "xla" two; a g that fits on the chip it reads once all the same. "pallas_tpu" computes both from one
+    tile of g, so that it is always read once. The gradient of `kernel` and `bias` has their own dtype, with float32 sums.
 
     Args:
         implementation: of the backward pass, "xla" or "pallas_tpu" (one TPU device: alone, or inside a `jax.shard_map` over all
             mesh axes, as `jax.jit` cannot split a kernel; compiled for a CPU it is interpreted). None is "pallas_tpu" where
-            the call is seen to stand on such a device and its arrays fit (`pallas_tpu.tiles`), else "xla".
+            the call is seen to stand on such a device, g is over 64 MiB (`LARGE`) and the kernel's own arrays fit
+            (`pallas_tpu.tiles`), else "xla".
 
     Raises:
         ValueError: an unknown implementation, or arrays that "pallas_tpu" does not take.
@@ -47,7 +50,8 @@ def expand(
     shape = (state.shape[1], kernel.shape[1])
     fits = pallas_tpu.tiles(len(state) + (bias is not None), *shape, state.dtype)
     if implementation is None:
-        implementation = "pallas_tpu" if fits and one_tpu.on_one_tpu() else "xla"
+        large = state.dtype.itemsize * shape[0] * shape[1] > LARGE
+        implementation = "pallas_tpu" if large and fits and one_tpu.on_one_tpu() else "xla"
     if implementation == "pallas_tpu" and not fits:
         raise ValueError(
             f"implementation='pallas_tpu' takes float32 or bfloat16 whose gradients fit on the chip; {state.dtype} of "

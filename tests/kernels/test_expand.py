@@ -108,21 +108,19 @@ def test_bytes_by_hand():
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_the_tpu_compiler_takes_it_and_it_halves_the_bytes(topology):
-    shapes = [
-        jax.ShapeDtypeStruct(shape, dtype)
-        for shape, dtype in (
-            ((96, 4096), jnp.bfloat16), ((96, 14336), jnp.float32), ((14336,), jnp.float32), ((4096, 14336), jnp.bfloat16)
-        )
-    ]  # fmt: skip
+@pytest.mark.parametrize(("topology", "share"), zip(TOPOLOGIES, (0.9, 0.7, 0.7), strict=True))
+def test_the_tpu_compiler_takes_it_and_it_moves_fewer_bytes(topology, share):
+    """96 channels and a bias to 14336, 4096 tokens: S'MoRE's up projection of Llama-3-8B. (v5e holds part of g on the chip.)"""
+    sizes = {(96, 4096): jnp.bfloat16, (96, 14336): jnp.float32, (14336,): jnp.float32, (4096, 14336): jnp.bfloat16}
 
     def backward(implementation, state, kernel, bias, g):
         return jax.vjp(functools.partial(expand, implementation=implementation), state, kernel, bias)[1](g)
 
+    shapes = [jax.ShapeDtypeStruct(*size) for size in sizes.items()]
     kernel, xla = (report(topology, functools.partial(backward, name), *shapes) for name in ("pallas_tpu", "xla"))
     assert "expand_cotangents" in kernel.text
-    outside = 3 * 96 * 14336 * 4 + 3 * 97 * 4096 * 2  # the kernel's cast to bfloat16, the row of ones
-    moved = pallas_tpu.hbm_bytes(96, 97, 4096, 14336, jnp.bfloat16) + outside
-    assert moved <= 0.7 * xla.traffic
-    assert kernel.temporaries <= xla.temporaries + outside
+    assert kernel.traffic <= share * xla.traffic
+    alone = pallas_tpu.hbm_bytes(96, 97, 4096, 14336, jnp.bfloat16)
+    around = 5 * 96 * 14336 * 4  # the kernel's cast, the bias' row cut off its gradient
+    assert 0.95 * alone <= kernel.traffic <= alone + around  # less where XLA hands over small arrays on the chip
+    assert kernel.temporaries <= xla.temporaries + around
