@@ -71,7 +71,7 @@ def forward_and_backward(implementation, x, g, indices):
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize(("topology", "share"), zip(TOPOLOGIES, (1.6, 1.33, 1.33), strict=True))
+@pytest.mark.parametrize(("topology", "share"), list(zip(TOPOLOGIES, (1.6, 1.33, 1.33), strict=True)))
 def test_a_tpu_reads_and_writes_llamas_down_projection_once(topology, share):
     """x [4096, 14336] in, its gradient out, 430 channels chosen, and under a third more (v5e: a copy of x onto the chip)."""
     shapes = [jax.ShapeDtypeStruct(*size) for size in SIZES]
