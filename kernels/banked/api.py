@@ -7,6 +7,8 @@
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from jaxmethods.kernels import one_tpu
 from jaxmethods.kernels.banked import pallas_tpu, xla
 from jaxmethods.kernels.manual_axes import vary, varying_axes
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable[[bool], Callable[..., Any]]] = {
     "xla": lambda transposed: functools.partial(xla.banked_linear, transposed=transposed),
     "pallas_tpu": lambda transposed: one_tpu.compiled_or_interpreted(
         functools.partial(pallas_tpu.banked_linear, transposed=transposed)

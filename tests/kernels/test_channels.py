@@ -61,30 +61,34 @@ def test_an_unknown_form_says_so():
         add_channels(np.ones((1, 2), np.float32), np.ones((1, 5), np.float32), INDICES, implementation="xla")
 
 
-SIZES = [((4096, 14336), jnp.bfloat16), ((4096, 430), jnp.bfloat16), ((430,), jnp.int32)]
+SIZES = [((4096, 14336), jnp.bfloat16), ((430, 4096), jnp.float32), ((430,), jnp.int32), ((4096, 4096), jnp.bfloat16)]
+LEAST = 2 * 2 * 4096 * (14336 + 4096)
+"""Bytes of x, its gradient, the result and its cotangent."""
 
 
-def forward_and_backward(implementation, x, g, indices):
-    y, back = jax.vjp(lambda x: take_channels(x, indices, implementation=implementation), x)
+def forward_and_backward(implementation, x, delta, indices, g):
+    """S²FT on Llama-3-8B's down projection, 430 channels chosen: its value and all gradients."""
+    product = lambda x, delta: take_channels(x, indices, implementation=implementation) @ delta.astype(x.dtype)
+    y, back = jax.vjp(product, x, delta)
     return y, *back(g)
 
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize(("topology", "share"), list(zip(TOPOLOGIES, (1.6, 1.33, 1.33), strict=True)))
-def test_a_tpu_reads_and_writes_llamas_down_projection_once(topology, share):
-    """x [4096, 14336] in, its gradient out, 430 channels chosen, and under a third more (v5e: a copy of x onto the chip)."""
+@pytest.mark.parametrize(("topology", "share"), list(zip(TOPOLOGIES, (1.65, 1.15, 1.15), strict=True)))
+def test_a_tpu_moves_little_more_than_it_must(topology, share):
+    """Of v5e a copy of x onto the chip is counted, too."""
     shapes = [jax.ShapeDtypeStruct(*size) for size in SIZES]
     got = report(topology, functools.partial(forward_and_backward, None), *shapes)  # None: by the target, not this host
-    assert got.traffic <= share * 2 * 4096 * 14336 * 2
+    assert got.traffic <= share * LEAST
     assert got.temporaries <= 20e6
 
 
 @needs_compiler
 @pytest.mark.slow
-def test_gathering_costs_a_tpu_twice_the_bytes_and_a_copy_of_x():
+def test_gathering_costs_a_tpu_twice_the_bytes_and_copies_of_x():
     """Why None is "product" there; once this fails, a newer compiler gathers channels better."""
     shapes = [jax.ShapeDtypeStruct(*size) for size in SIZES]
     got = report("v5p:2x2x1", functools.partial(forward_and_backward, "gather"), *shapes)
-    assert got.traffic >= 2 * 1.33 * 2 * 4096 * 14336 * 2
+    assert got.traffic >= 2.3 * LEAST
     assert got.temporaries >= 4096 * 14336 * 2
