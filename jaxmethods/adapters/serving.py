@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -19,17 +20,20 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxmethods import tree
-from jaxmethods.adapters.attach import adapted_layers, attach, detach, is_adapter
+from jaxmethods.adapters.attach import adapted_layers, attach, detach, is_adapter, leaves_of
 from jaxmethods.adapters.base import AnyAdapter, Call, Result
+from jaxmethods.kernels.banked import banked_linear
 from jaxmethods.tree import Tree
 
 
-def bank(adapted: Any, variants: Sequence[Tree]) -> tuple[Any, Tree]:
+def bank(adapted: Any, variants: Sequence[Tree], *, implementation: str | None = None) -> tuple[Any, Tree]:
     """A module that holds several adapters for each layer, and its parameters: the base and all adapters' leaves.
 
     Args:
         adapted: a module with adapters attached (LoRA, DoRA, S²FT, S'MoRE, ...).
         variants: its parameters as different runs trained them; of the base those of the first are taken.
+        implementation: of the products of LoRA and of S²FT's input side with each row's own leaves, see
+            `kernels.banked.banked_linear`.
 
     Raises:
         ValueError: no variant, or one whose leaves differ in name or shape; names the first wrong one.
@@ -46,11 +50,13 @@ def bank(adapted: Any, variants: Sequence[Tree]) -> tuple[Any, Tree]:
                 if path not in other or other[path].shape != first[path].shape:
                     found = f"shape {other[path].shape}" if path in other else "nothing"
                     raise ValueError(f"variant {n} holds {found} at {path!r}; the first one has {first[path].shape}.")
-            flat[path.replace(f"/{adapter.kind}/", f"/{adapter.kind}/bank/", 1)] = jnp.stack(
-                [other[path] for other in flats], depth
-            )
+            stacked = jnp.stack([other[path] for other in flats], depth)
+            if _takes_channels(adapter, leaves_of(first, layer, adapter)):
+                stacked = _even(stacked, depth + 1)
+            flat[path.replace(f"/{adapter.kind}/", f"/{adapter.kind}/bank/", 1)] = stacked
     module, _ = detach(adapted, variants[0])
-    return attach(module, {p: Banked(a, len(variants)) for p, a in adapted.adapters}), tree.unflatten(flat)
+    served = {pattern: Banked(adapter, len(variants), implementation) for pattern, adapter in adapted.adapters}
+    return attach(module, served), tree.unflatten(flat)
 
 
 def for_rows(params: Tree, rows: Int[Array | np.ndarray, " batch"] | Sequence[int]) -> Tree:
@@ -72,6 +78,8 @@ class Banked:
 
     adapter: AnyAdapter
     size: int
+    implementation: str | None = None
+    """Of `banked_linear`, where the adapter's product is one."""
 
     has_loss: ClassVar[bool] = False
     needs_key: ClassVar[bool] = False
@@ -92,7 +100,9 @@ class Banked:
         rows = leaves["rows"]
         if rows.shape[0] != call.x.shape[0]:
             raise ValueError(f"adapters.for_rows was given {rows.shape[0]} rows, and the batch has {call.x.shape[0]}.")
-        own = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0, mode="clip"), leaves["bank"])
+        if (delta := self._products(leaves["bank"], rows, call)) is not None:
+            return Result(call.y + delta.astype(call.y.dtype))
+        own = _own(leaves["bank"], rows)
 
         def one(own: Tree, x: Array, y: Array) -> Array:
             return self.adapter.apply(own, Call(x, y, call.kernel, None, None, call.bias)).y
@@ -100,5 +110,41 @@ class Banked:
         y = jax.vmap(one)(own, call.x, call.y)
         return Result(jnp.where((rows >= 0).reshape(-1, *[1] * (y.ndim - 1)), y, call.y))
 
+    def _products(self, bank: Tree, rows: Array, call: Call) -> Array | None:
+        """What is added to y, where that is a product with the leaves as they lie in the bank; None for other adapters."""
+        x = call.x.reshape(len(rows), -1, call.x.shape[-1])
+        product = functools.partial(banked_linear, rows=rows, implementation=self.implementation)
+        if self.kind == "lora":
+            narrow = product(x, bank["a"].swapaxes(1, 2), transposed=True)
+            delta = product(narrow * self.adapter.scale, bank["b"])
+        elif _takes_channels(self.adapter, bank):
+            indices = _own(bank["indices"], rows)
+            chosen = jnp.take_along_axis(x, indices[:, None], axis=-1, mode="fill", fill_value=0)
+            delta = product(chosen, bank["delta"])
+        else:
+            return None
+        return delta.reshape(call.y.shape)
+
     def merge(self, leaves: Tree, kernel: Any) -> Any:
         raise ValueError("a bank of adapters has no one kernel; merge the adapters one by one.")
+
+
+def _takes_channels(adapter: AnyAdapter, leaves: Tree) -> bool:
+    """Whether what it adds is chosen channels of x times a change: S²FT's input side, neither permuted nor in "block" form."""
+    return adapter.kind == "s2ft" and adapter.side == "in" and {"delta", "indices"} <= leaves.keys()
+
+
+def _even(leaf: Array, axis: int) -> Array:
+    """S²FT's channels padded to a multiple of eight by changes of zero to a channel past the end.
+
+    A TPU lays arrays out in tiles of eight rows. Where entries are no whole tiles it keeps the bank in another order, and each
+    call would first copy all of it.
+    """
+    pads = [(0, -leaf.shape[axis] % 8 if n == axis else 0) for n in range(leaf.ndim)]
+    past_the_end = 0 if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.iinfo(leaf.dtype).max
+    return jnp.pad(leaf, pads, constant_values=past_the_end)
+
+
+def _own(bank: Tree, rows: Array) -> Tree:
+    """Each row's entry; any for a row without one."""
+    return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0, mode="clip"), bank)

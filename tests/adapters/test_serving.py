@@ -44,6 +44,17 @@ def test_each_row_by_its_own_adapter(pairs):
     assert run._cache_size() == 1  # other rows do not compile anew
 
 
+@pytest.mark.parametrize("kind", ["lora", "s2ft"])
+def test_rows_through_the_tpu_kernel(kind):
+    """Interpreted; it is what one TPU uses."""
+    _, _, adapted, made = variants(KINDS[kind])
+    logits = []
+    for implementation in ("pallas_tpu", "xla"):
+        served, params = adapters.bank(adapted, made, implementation=implementation)
+        logits.append(jax.jit(lambda p, m=served: models.logits(m, adapters.for_rows(p, ROWS), TOKENS))(params))
+    np.testing.assert_allclose(*logits, atol=5e-5)
+
+
 def test_generation_and_switched_adapters_agree():
     module, base, adapted, made = variants(KINDS["s2ft"], 2)
     served, params = adapters.bank(adapted, made)

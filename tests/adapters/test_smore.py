@@ -568,6 +568,51 @@ def test_bfloat16_inputs_route_in_float32(name):
     jax.tree.map(np.testing.assert_array_equal, routes.indices, wide_routes.indices)
 
 
+def test_a_bfloat16_token_is_compressed_by_one_product():
+    """Exact in x, within bfloat16 for experts and far within it for the router; two products for the gradients."""
+    spec = CASES["star_L2"]
+    params, x = random_params(spec), tokens(40).astype(jnp.bfloat16)
+    compress = lambda params, x: (jnp.concatenate((got := compression.compress(params, x, spec))[0]), got[1])
+    (own, token), back = jax.vjp(compress, params, x)
+    a, down = ({n: np.float64(leaf) for n, leaf in p.items()} for p in (params["experts"]["a"], params["router"]["down"]))
+    wide = np.float64(x)
+    near = lambda got, want, bits: np.testing.assert_allclose(
+        np.float64(got), want, rtol=2.0**-bits, atol=2.0**-bits * np.abs(want).max()
+    )
+    near(own, (wide @ a["kernel"] + a["bias"]).T, 6)
+    near(token, (wide @ down["kernel"] + down["bias"]).T, 14)
+
+    rng = np.random.default_rng(2)
+    of_own = jnp.asarray(rng.normal(size=own.shape), jnp.bfloat16)
+    of_token = jnp.asarray(rng.normal(size=token.shape), jnp.float32)
+    d_params, d_x = back((of_own, of_token))
+    near(d_x, (a["kernel"] @ np.float64(of_own) + down["kernel"] @ np.float64(of_token)).T, 6)
+    near(d_params["experts"]["a"]["kernel"], wide.T @ np.float64(of_own).T, 20)  # products of bfloat16, summed in float32
+    near(d_params["router"]["down"]["kernel"], wide.T @ np.float64(of_token).T, 14)
+    products = lambda f, *arguments: str(jax.make_jaxpr(f)(*arguments)).count(" dot_general[")
+    assert products(compress, params, x) == 1
+    assert products(lambda params, x: jax.vjp(compress, params, x)[1]((of_own, of_token)), params, x) == 3
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", ["switch_L3", "child_L2"])
+def test_gradients_through_the_tpu_kernel(name, dtype):
+    """The last product's backward pass interpreted: all gradients are those of the other implementation."""
+    spec = CASES[name]
+    params, x = random_params(spec), tokens().astype(dtype)
+
+    def loss(params, x, implementation):
+        delta, aux = smore.apply(params, x, spec, implementation=implementation)
+        return (delta.astype(jnp.float32) ** 2).sum() + aux
+
+    gradients = jit(jax.grad(loss, (0, 1)), static_argnums=2)
+    got, want = (gradients(params, x, implementation) for implementation in ("pallas_tpu", "xla"))
+    scale = 1e-5 if dtype == jnp.float32 else 2.0**-6
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        one, other = np.float32(one), np.float32(other)
+        np.testing.assert_allclose(one, other, rtol=scale, atol=scale * max(1.0, np.abs(other).max()))
+
+
 def test_vmap_scan_and_checkpoint_over_stacked_layers_agree():
     spec = SMoRE(experts=(3, 4), fanout=(2, 2), ranks=(2, 3), **SMALL)
     parts = [random_params(spec, 16, 16, seed) for seed in (0, 1)]

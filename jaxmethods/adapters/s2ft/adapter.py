@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jaxmethods.adapters.base import Call, Result
+from jaxmethods.kernels.channels import add_channels, take_channels
 from jaxmethods.kernels.linear import linear
 from jaxmethods.tree import Tree, require_one_of
 
@@ -161,10 +162,8 @@ class S2FT:
             own = jax.lax.dynamic_slice_in_dim(y, start, change.shape[1], axis) + linear(x, change).astype(y.dtype)
             return Result(jax.lax.dynamic_update_slice_in_dim(y, own, start, axis))
         if self.side == "in":
-            past_the_end: Any = {"mode": "fill", "fill_value": 0} if self.across_layers else {"mode": "clip"}
-            chosen = jnp.take(x, leaves["indices"], axis=-1, **past_the_end)
-            return Result(y + linear(chosen, change).astype(y.dtype))
-        return Result(y.at[..., leaves["indices"]].add(linear(x, change).astype(y.dtype)))
+            return Result(y + linear(take_channels(x, leaves["indices"]), change).astype(y.dtype))
+        return Result(add_channels(y, linear(x, change), leaves["indices"]))
 
     def merge(self, leaves: Tree, kernel: Float[Array, "d_in d_out"]) -> Float[Array, "d_in d_out"]:
         new = (self.own(leaves, kernel).astype(jnp.float32) + self.change(leaves, kernel)).astype(kernel.dtype)

@@ -15,6 +15,7 @@ from jaxmethods.adapters.smore.compression import compress
 from jaxmethods.adapters.smore.leaves import Params
 from jaxmethods.adapters.smore.routing import Choice, choose
 from jaxmethods.adapters.smore.spec import Spec
+from jaxmethods.kernels.expand import expand
 from jaxmethods.tree import cast
 
 
@@ -25,12 +26,14 @@ def apply(
     *,
     token_mask: Bool[Array | np.ndarray, " tokens"] | None = None,
     key: Key[Array, ""] | None = None,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "tokens d_out"], Float[Array, ""]]:
     """What the adapter adds to the frozen map's output, and the gates' loss times `balance_weight`.
 
     `delta` has x's dtype; routing and loss are computed in float32. `token_mask` is true at real tokens; padded ones
-    are left out of the loss only, which is 0 without a real token. `key=None` means inference: no noise.
-    Differentiable in reverse mode only. Raises ValueError when noise is asked for but a layer picks all its experts.
+    are left out of the loss only, which is 0 without a real token. `key=None` means inference: no noise. `implementation`
+    is of the last product, see `kernels.expand`. Differentiable in reverse mode only. Raises ValueError when noise is asked
+    for but a layer picks all its experts.
     """
     x = jnp.asarray(x)
     compressed, token = compress(params, x, spec)
@@ -39,8 +42,8 @@ def apply(
     recomputed = jax.checkpoint(functools.partial(grow, spec=spec), prevent_cse=False)
     valid = None if token_mask is None else jnp.asarray(token_mask)
     state, aux_loss = recomputed(params, compressed, token, valid, key)
-    proj = cast(params["experts"]["proj"], x.dtype)
-    return jnp.einsum("kn,ko->no", state, proj["kernel"]) + proj["bias"], aux_loss
+    proj = params["experts"]["proj"]
+    return expand(state, proj["kernel"], proj["bias"], implementation=implementation), aux_loss
 
 
 def grow(

@@ -1,0 +1,3 @@
+from jaxmethods.kernels.channels.api import add_channels, take_channels
+
+__all__ = ["add_channels", "take_channels"]

@@ -1,0 +1,3 @@
+from jaxmethods.kernels.expand.api import expand
+
+__all__ = ["expand"]

@@ -1,0 +1,38 @@
+"""Where a TPU kernel may run: on one device, which the caller need not name.
+
+A kernel cannot be split by `jax.jit`, so that it stands either on a machine with one device or inside a `jax.shard_map` over all
+mesh axes, where each device computes on its own.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+VMEM = 44 << 20
+"""Bytes that the blocks of one kernel may take on the chip; the least of v5e, v5p, v6e and 7x has 64 MiB."""
+VMEM_LIMIT = 60 << 20
+"""Bytes that the compiler may use: blocks, and what it keeps of a tile's intermediate values."""
+_WITH_ROOM = r"TPU (v5|v6)|TPU7x"
+"""Generations with that much; v4 and older have 16 MiB."""
+
+
+def on_one_tpu() -> bool:
+    """Whether what is traced now will run on one TPU device with enough VMEM, as far as can be seen; False if in doubt.
+
+    Inside a `shard_map` the mesh says for which device is compiled, which need not be present. Without a mesh the process'
+    only device is meant.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        device = mesh.abstract_device
+        return mesh.are_all_axes_manual and device is not None and bool(re.match(_WITH_ROOM, device.device_kind))
+    return jax.device_count() == 1 and bool(re.match(_WITH_ROOM, jax.devices()[0].device_kind))
+
+
+def compiled_or_interpreted(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, or where it is compiled for a CPU (whatever the host is) its interpreted form, `kernel(..., interpret=True)`."""
+    interpreted = functools.partial(kernel, interpret=True)
+    return lambda *arrays: jax.lax.platform_dependent(*arrays, cpu=interpreted, default=kernel)

@@ -1,0 +1,32 @@
+"""Programs for TPUs that are not here: what their compiler reports (pip install 'jaxmethods[aot]')."""
+
+import importlib.util
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxmethods.launch import hlo, targets
+
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+TOPOLOGIES = ("v5e:1x1", "v5p:2x2x1", "v6e:1x1")
+
+
+class Report(NamedTuple):
+    traffic: int
+    temporaries: int
+    text: str
+
+
+def report(topology, function, *shapes):
+    """`function` compiled for one device of a topology."""
+    device = targets.devices_of(topology)[0]
+    mesh = Mesh(np.array([device]), ("x",), axis_types=(AxisType.Auto,))
+    there = NamedSharding(mesh, PartitionSpec())
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), shapes)
+    with jax.set_mesh(mesh):  # by which a kernel is told its target
+        lowered = jax.jit(function).lower(*given)
+    compiled, text = targets.compile_for(lowered, "tpu")
+    return Report(hlo.memory_traffic(hlo.parse(text)), compiled.memory_analysis().temp_size_in_bytes, text)
