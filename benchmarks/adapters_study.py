@@ -405,8 +405,9 @@ def report(
     lines = [
         "# Adapters compared",
         "",
-        f"`python benchmarks/adapters_study.py`, {date.today()}, {processes.cpu()}, float32, jax {version('jax')}. SmolLM2-135M-Instruct, {o.steps} steps of {o.rows} x {o.length} "
-        f"tokens; mean ± standard deviation of {o.seeds} seeds ({o.stored_seeds} over a stored base), at the learning rate (of {', '.join(f'{r:g}' for r in RATES)}) "
+        f"`python benchmarks/adapters_study.py`, {date.today()}, {processes.cpu()}, float32, jax {version('jax')}. "
+        f"SmolLM2-135M-Instruct, {o.steps} steps of {o.rows} x {o.length} tokens; mean ± standard deviation of {o.seeds} seeds "
+        f"({o.stored_seeds} over a stored base), at the learning rate (of {', '.join(f'{r:g}' for r in RATES)}) "
         "whose neighbours are both worse on a validation split. Forgetting: rise in nats a token on Python's language reference. "
         f"Step and peak: the median of {TIMED - 2} steps and the largest resident size of a process alone on "
         f"{o.threads * o.jobs} cores.",

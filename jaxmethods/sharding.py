@@ -123,8 +123,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def rows_here(rows: int, mesh: Mesh) -> list[int]:
     """Which rows of a batch of `rows` rows this process' devices hold, in ascending order.
 
-    Processes along `tensor` and `sequence` hold the same rows, and on a torus those of one process need not be neighbours: of sixteen rows on a
-    v5e:4x4 with fsdp=16, process 0 holds 0, 1, 6 and 15.
+    Processes along `tensor` and `sequence` hold the same rows, and on a torus those of one process need not be neighbours: of
+    sixteen rows on a v5e:4x4 with fsdp=16, process 0 holds 0, 1, 6 and 15.
     """
     held = batch_sharding(mesh).addressable_devices_indices_map((rows, mesh.shape["sequence"])).values()
     return sorted({row for index in held if index is not None for row in range(rows)[index[0]]})

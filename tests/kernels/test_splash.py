@@ -1,7 +1,6 @@
 """JAX's kernel for TPUs behind `attention`: as the reference, on one device and on several, and through the TPU's compiler."""
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,8 @@ from jaxmethods.launch import Run, targets
 from jaxmethods.launch.assembly import assemble
 from jaxmethods.models.attention import attention_on
 from tests import tiny
+from tests.kernels.compiler import needs_compiler
 from tests.kernels.test_attention import inputs
-
-needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU's compiler")
 
 PACKED = [[100, 60, 80, -16], [256]]
 CASES = {

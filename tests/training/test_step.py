@@ -107,7 +107,8 @@ def losses(adapter, *axes):
 
 
 @pytest.mark.parametrize(
-    ("adapter", "axes"), [*((None, axes) for axes in MESHES), (adapters.LoRA(rank=8), MESHES[3]), (SMORE, MESHES[3]), (SMORE, MESHES[5])],
+    ("adapter", "axes"),
+    [*((None, axes) for axes in MESHES), (adapters.LoRA(rank=8), MESHES[3]), (SMORE, MESHES[3]), (SMORE, MESHES[5])],
     ids=lambda value: getattr(value, "kind", str(value)),
 )  # fmt: skip
 def test_every_mesh_gives_what_one_device_gives_and_keeps_its_shardings(adapter, axes):
