@@ -11,6 +11,7 @@ from jaxmethods import sharding
 from jaxmethods.launch import cli, config, plan, targets
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+needs_cuda_compiler = pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs JAX's CUDA plugin")
 
 
 @pytest.fixture
@@ -121,5 +122,5 @@ def test_a_target_that_is_none_is_refused_in_one_line(command, recipe):
     done = command("plan", recipe, "--topology", "v9:2x2")
     assert (
         done.returncode == 2
-        and done.stderr == "jaxmethods: topology='v9' is unknown; Known: v4, v5e, v5p, v6e, tpu7x.\n"
+        and done.stderr == "jaxmethods: topology='v9' is unknown; Known: v4, v5e, v5p, v6e, tpu7x, a100, h100, h200, b200.\n"
     )
