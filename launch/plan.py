@@ -208,7 +208,7 @@ def _roofline(device: Any, matmul_flops: float, compiled: dict[str, Any]) -> dic
         if chip.memory_rate:
             seconds["memory"] = compiled["memory_traffic_per_device"] / chip.memory_rate
         if chip.link_rate:
-            seconds["interconnect"] = sum(kind["seconds"] for kind in compiled["collectives"].values())
+            seconds["interconnect"] = sum((kind["seconds"] for kind in compiled["collectives"].values()), 0.0)
     bound = max(seconds, key=lambda name: seconds[name])
     return {"roofline": seconds, "step_seconds_roofline": seconds[bound], "bound": bound}
 
