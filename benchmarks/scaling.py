@@ -59,14 +59,15 @@ class Case:
     length: int | None = None
     model: str | None = None
     """A key of `MODELS`; None: the recipe's own."""
-    remat: str | None = None
+    mesh: str | None = None
+    """As the command line takes it; None: the recipe's own, all devices on `fsdp`."""
 
     def arguments(self, folder: Path) -> list[str]:
         found = [f"configs/{self.recipe}.py", "--topology", self.topology]
         for flag, value in (
             ("--batch-size", self.batch_size),
             ("--data.sequence-length", self.length),
-            ("--remat", self.remat),
+            ("--mesh", self.mesh),
         ):
             found += [] if value is None else [flag, str(value)]
         return found + ([] if self.model is None else ["--model", str(folder / self.model)])
@@ -94,10 +95,14 @@ TABLES: dict[str, tuple[Case, ...]] = {
         for topology in ("v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8", "v5p:8x8x8")
     ),
     "depth": tuple(
-        Case(LORA, "v5p:4x4x4", model=model) for model in ("llama3_8b_8_layers", "llama3_8b_16_layers", None, "llama3_8b_64_layers")
+        Case(LORA, "v5p:4x4x4", model=model)
+        for model in ("llama3_8b_8_layers", "llama3_8b_16_layers", None, "llama3_8b_64_layers")
     ),
     "batch": tuple(Case(LORA, "v5p:4x4x4", rows) for rows in (64, None, 256)),
     "length": tuple(Case(LORA, "v5p:4x4x4", 64, length) for length in (2048, None, 8192)),
+    "mesh": tuple(
+        Case(recipe, "v5p:8x8x8", 512, mesh=mesh) for recipe in (LORA, FULL) for mesh in (None, "data=8,fsdp=64")
+    ),
     "published": (
         Case(FULL, "v6e:16x16", 1024, 8192),
         Case(FULL, "v5p:4x8x8", 1024, 4096, "llama2_70b"),
@@ -109,6 +114,7 @@ SAYS = {
     "depth": "More layers (the recipe has 32)",
     "batch": "More rows of 4096",
     "length": "Longer rows, 64 of them",
+    "mesh": "Parameters over two of the torus' axes, and over all three",
     "published": "As MaxText's recipes",
 }
 
@@ -172,7 +178,8 @@ def compiled(case: Case, folder: Path) -> dict[str, Any]:
     found = json.loads(done.stdout)
     kept = (
         "fits", "bytes_per_device", "state_bytes_per_device", "flops_per_device", "collectives", "roofline",
-        "step_seconds_roofline", "bound", "compile_seconds", "processor_seconds", "tokens_per_step", "devices", "memory_traffic_per_device",
+        "step_seconds_roofline", "bound", "compile_seconds", "processor_seconds", "tokens_per_step", "devices",
+        "memory_traffic_per_device",
     )  # fmt: skip
     found["processor_seconds"] = round(used() - before, 1)
     made = {"date": str(date.today()), "libtpu": version("libtpu"), "jax": version("jax"), "cpu": processes.cpu()}
@@ -206,7 +213,7 @@ def _line(row: Mapping[str, Any]) -> str:
         f"{row['roofline'][part]:.2f}" for part in ("compute", "memory", "interconnect") if part in row["roofline"]
     )
     cells = (
-        case["model"] or case["recipe"], case["topology"], f"{rows} x {row['tokens_per_step'] // rows}",
+        " ".join(filter(None, (case["model"] or case["recipe"], case.get("mesh")))), case["topology"], f"{rows} x {row['tokens_per_step'] // rows}",
         "yes" if row["fits"] else "no",
         gib(state), gib(needs["total"] - state), f"{gib(needs['total'])} of {gib(needs['limit'])}",
         f"{row['flops_per_device'] / 1e12:.0f}", ", ".join(map(gib, told)), rates, row["bound"],

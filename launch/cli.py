@@ -146,13 +146,18 @@ def _plan(arguments: list[str]) -> None:
     flags = ("--json", "--search")
     rest, topology = _take([a for a in arguments if a not in flags], "--topology", "v5p:8x8x8")
     rest, picture = _take(rest, "--picture", "memory.png")
-    run, as_json, searches = _run_of("plan", rest), "--json" in arguments, "--search" in arguments
-    if searches and topology is None:
+    run, as_json = _run_of("plan", rest), "--json" in arguments
+    found: Any
+    present: Callable[..., None]
+    if "--search" not in arguments:
+        found, present = plan(run, topology), show
+    elif topology is None:
         raise ValueError("--search needs a target: --topology v5p:8x8x8")
-    found = search(run, topology) if searches else plan(run, topology)
+    else:
+        found, present = search(run, topology), show_search
     if picture:
         draw(found, picture, title=f"{rest[0]} on {topology or 'this machine'}")
-    (show_search if searches else show)(found, as_json=as_json)
+    present(found, as_json=as_json)
 
 
 def _generate(arguments: list[str]) -> None:

@@ -175,7 +175,7 @@ def test_parts_add_up_to_what_a_step_needs():
 
 def test_a_picture_of_what_was_not_compiled_is_refused(tmp_path):
     found = {"state_bytes_per_device": {"trained": 1, "optimizer": 2, "frozen": 3}, "bytes_per_device": None}
-    with pytest.raises(ValueError, match="--picture shows a compiled step.*--topology v5p:4x4x4"):
+    with pytest.raises(ValueError, match=r"--picture shows a compiled step.*--topology v5p:4x4x4"):
         plan.draw(found, tmp_path / "memory.png", title="")
     assert not (tmp_path / "memory.png").exists()
 
