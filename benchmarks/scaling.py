@@ -213,7 +213,8 @@ def _line(row: Mapping[str, Any]) -> str:
         f"{row['roofline'][part]:.2f}" for part in ("compute", "memory", "interconnect") if part in row["roofline"]
     )
     cells = (
-        " ".join(filter(None, (case["model"] or case["recipe"], case.get("mesh")))), case["topology"], f"{rows} x {row['tokens_per_step'] // rows}",
+        " ".join(filter(None, (case["model"] or case["recipe"], case["mesh"]))), case["topology"],
+        f"{rows} x {row['tokens_per_step'] // rows}",
         "yes" if row["fits"] else "no",
         gib(state), gib(needs["total"] - state), f"{gib(needs['total'])} of {gib(needs['limit'])}",
         f"{row['flops_per_device'] / 1e12:.0f}", ", ".join(map(gib, told)), rates, row["bound"],

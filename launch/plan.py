@@ -35,7 +35,8 @@ def plan(run: Run, topology: str | None = None) -> dict[str, Any]:
 
     Returns:
         `bytes_per_device`: the compiler's own report, with the `limit` of the device, or None where nothing was compiled;
-        `state_bytes_per_device` follows from shapes and shardings alone. `flops_per_step` are counted from the program.
+        `state_bytes_per_device` follows from shapes and shardings alone. `flops_per_step` are counted from the program; they are
+        a lower bound where `counted_once` names loops whose length depends on the data (attention over blocks of keys).
         `collectives`: by kind, how many, the bytes a device sends, and the seconds that its links take. `roofline`: seconds
         that a step takes at the published rates of matrix units, memory and interconnect, each alone;
         `step_seconds_roofline` is the largest of them, and `bound` its name. Where the step does not fit, `alternatives` says
@@ -131,7 +132,10 @@ def _examined(assembly: Assembly, devices: Sequence[Any], *, compiles: bool) -> 
     """What a step costs: counted from the program and, where it compiles, read from what the compiler made of it."""
     counted = cost.count(assembly.step, assembly.state, assembly.frozen, assembly.batch())
     compiled = _compiled(assembly, devices) if compiles else _NOT_COMPILED
-    flops = {"flops_per_step": counted.flops, "flops_per_device": counted.flops / len(devices)}
+    flops = {
+        "flops_per_step": counted.flops, "flops_per_device": counted.flops / len(devices),
+        "counted_once": list(counted.unknown_loops),
+    }  # fmt: skip
     return flops | compiled | _roofline(devices[0], counted.matmul_flops / len(devices), compiled)
 
 
@@ -295,7 +299,8 @@ def show(plan: dict[str, Any], *, as_json: bool) -> None:
         + ", ".join(f"{layer} ({count:,})" for layer, count in list(trained["layers"].items())[:8])
         + (f", and {len(trained['layers']) - 8} more" if len(trained["layers"]) > 8 else ""),
         "devices": f"{devices['count']} x {devices['kind']} ({mesh})",
-        "a step": f"{plan['tokens_per_step']:,} tokens, {plan['flops_per_step']:.3g} FLOPs"
+        "a step": f"{plan['tokens_per_step']:,} tokens, {'at least ' if plan['counted_once'] else ''}"
+        f"{plan['flops_per_step']:.3g} FLOPs"
         + (f", {plan['step_seconds_roofline']:.3f} s at the devices' rates" if plan["roofline"] else ""),
         "a device holds": ", ".join(f"{name} {_gib(size)}" for name, size in state.items()),
     }
