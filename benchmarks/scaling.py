@@ -150,7 +150,7 @@ def main(o: Options) -> None:
                     case, row["compile_seconds"], "s,", row["bytes_per_device"]["total"] / 2**30, "GiB", file=sys.stderr
                 )
     text = "\n".join(
-        table(name, [done[case] for case in cases]) for name, cases in TABLES.items() if set(cases) <= set(done)
+        table(name, [done[case] for case in cases if case in done], len(cases)) for name, cases in TABLES.items()
     )
     print(text)
     if o.to:
@@ -186,13 +186,16 @@ def compiled(case: Case, folder: Path) -> dict[str, Any]:
     return {"case": dataclasses.asdict(case), "made": made} | {name: found[name] for name in kept}
 
 
-def table(name: str, rows: list[dict[str, Any]]) -> str:
+def table(name: str, rows: list[dict[str, Any]], planned: int) -> str:
+    if not rows:
+        return f"## {SAYS[name]}\n\nNone of {planned} rows has been compiled yet.\n"
+    missing = f" {planned - len(rows)} of {planned} rows have not been compiled yet." if len(rows) < planned else ""
     made = [row["made"] for row in rows]
     each = lambda key: ", ".join(sorted({m[key] for m in made}))
     lines = [
         f"## {SAYS[name]}",
         "",
-        f"{each('date')}, libtpu {each('libtpu')}, jax {each('jax')}, compiled on two cores of: {each('cpu')}.",
+        f"{each('date')}, libtpu {each('libtpu')}, jax {each('jax')}, compiled on two cores of: {each('cpu')}.{missing}",
         "",
         "| step | target | rows x length | fits | state, GiB | temporaries, GiB | total of limit, GiB | TFLOPs | sent, GiB: "
         "all-gather, all-reduce, reduce-scatter, other | seconds: compute, memory, links | bound | compiled in, s (processor) |",

@@ -122,8 +122,9 @@ def test_a_step_compiled_for_a_slice(command, recipe):
 @pytest.mark.slow
 def test_a_step_compiled_for_nodes_of_gpus(command, recipe, tmp_path):
     """Over two nodes, `data` sends through one adapter a device and `fsdp` over NVLink."""
-    line = ["plan", recipe, "--topology", "h100:2x2", "--mesh", "data=2,fsdp=2", "--picture", tmp_path / "memory.png", "--json"]
-    done = command(*line)
+    picture = tmp_path / "memory.png"
+    line = ["plan", recipe, "--topology", "h100:2x2", "--mesh", "data=2,fsdp=2", "--batch-size", "8"]
+    done = command(*line, "--picture", picture, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["devices"] == {
@@ -134,7 +135,7 @@ def test_a_step_compiled_for_nodes_of_gpus(command, recipe, tmp_path):
     kinds = found["collectives"].values()
     fastest, slowest = (sum(kind["bytes_sent"] for kind in kinds) / rate for rate in (450e9, 50e9))
     assert fastest < found["roofline"]["interconnect"] < slowest
-    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @needs_compiler
