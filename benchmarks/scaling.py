@@ -233,17 +233,23 @@ def _own(recipe: str) -> Any:
 
 
 def draw(done: Mapping[Case, Mapping[str, Any]], path: Path) -> None:
-    """Memory of a device, and seconds of a step, as the pod grows and the batch does not."""
+    """Memory of a device, and seconds of a step, as the pod grows and the batch does not; of recipes with rows to compare."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
 
     from jaxmethods.launch import plan
 
     colours = {"frozen": "#9aa5b1", "trained": "#2f6fb3", "optimizer": "#7fb0de", "temporaries": "#e9b44c"}
     lines = {"compute": ("#22262b", "o"), "memory": ("#e9b44c", "s"), "interconnect": ("#b3261e", "^")}
-    figure = Figure(figsize=(9, 6.4), dpi=150, layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True)
-    for column, recipe in enumerate((LORA, FULL)):
-        cases = [case for case in TABLES["chips"] if case.recipe == recipe and case in done]
+    grown = {
+        recipe: [case for case in TABLES["chips"] if case.recipe == recipe and case in done] for recipe in (LORA, FULL)
+    }
+    grown = {recipe: cases for recipe, cases in grown.items() if len(cases) > 1}
+    if not grown:
+        return
+    figure = Figure(figsize=(4.7 * len(grown), 6.4), dpi=150, layout="constrained")
+    panels = figure.subplots(2, len(grown), sharex=True, squeeze=False)
+    for column, (recipe, cases) in enumerate(grown.items()):
         chips = [str(done[case]["devices"]["count"]) for case in cases]
         top, bottom = panels[:, column]
         under = [0.0] * len(cases)
@@ -251,12 +257,14 @@ def draw(done: Mapping[Case, Mapping[str, Any]], path: Path) -> None:
             sizes = [plan.parts(dict(done[case]))[part] / 2**30 for case in cases]
             top.bar(chips, sizes, bottom=under, width=0.6, color=colour, edgecolor="white", linewidth=0.6, label=part)
             under = [a + b for a, b in zip(under, sizes, strict=True)]
-        for at, total in enumerate(under):
+        for at, total in zip(chips, under, strict=True):
             top.text(at, total, f"{total:.3g}", ha="center", va="bottom", fontsize=8)
         for part, (colour, marker) in lines.items():
             seconds = [done[case]["roofline"][part] for case in cases]
             bottom.plot(chips, seconds, color=colour, marker=marker, markersize=4, linewidth=1.5, label=part)
-        bottom.set_yscale("log")
+        bottom.set_yscale("log", subs=(2, 5))
+        bottom.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        bottom.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
         top.set_title(f"configs/{recipe}.py", loc="left", fontsize=10, fontweight="bold")
         bottom.set_xlabel("v5p chips")
         for axes in (top, bottom):
@@ -266,8 +274,8 @@ def draw(done: Mapping[Case, Mapping[str, Any]], path: Path) -> None:
             axes.tick_params(length=0, labelsize=9)
     panels[0, 0].set_ylabel("Memory of a device (GiB)")
     panels[1, 0].set_ylabel("Seconds at published rates, log scale")
-    panels[0, 1].legend(frameon=False, fontsize=8.5)
-    panels[1, 1].legend(frameon=False, fontsize=8.5)
+    panels[0, -1].legend(frameon=False, fontsize=8.5)
+    panels[1, -1].legend(frameon=False, fontsize=8.5)
     figure.savefig(path)
 
 

@@ -146,10 +146,10 @@ def test_the_recipes_fit_a_slice(command, name):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["fits"] and found["devices"]["count"] == 64
-    # What is trained and its moments lie split over all chips, but for what is too small to split.
-    held = found["state_bytes_per_device"]
+    # What is trained and its two moments lie split over the chips; S'MoRE's routers are too small to be.
+    held, whole = found["state_bytes_per_device"], 4 * found["trained"]["parameters"]
     assert held["optimizer"] == pytest.approx(2 * held["trained"], rel=1e-3)
-    assert held["trained"] < 1.1 * 4 * found["trained"]["parameters"] / 64 + 2**22
+    assert whole / 64 <= held["trained"] < whole / 30
 
 
 def collective(*groups):
