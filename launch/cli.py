@@ -13,7 +13,8 @@ from typing import Any
 
 COMMANDS: dict[str, str] = {
     "train": "train CONFIG.py [--FIELD VALUE ...] [--distributed]: run a recipe; the same command again resumes",
-    "plan": "plan CONFIG.py [--topology v5p:8x8x8 [--search]] [--json] [--FIELD VALUE ...]: what the run is, before it runs",
+    "plan": "plan CONFIG.py [--topology v5p:8x8x8|h100:8 [--search]] [--json] [--picture FILE.png] [--FIELD VALUE ...]: "
+    "what the run is, before it runs",
     "generate": "generate DIR|MODEL --prompt TEXT: answer a prompt with a run's model or any other",
     "evaluate": "evaluate NAME DIR|MODEL: measure on held-out rows (completion)",
     "export": "export DIR --to OUT [--format hf|peft|adapter]: write a run's model for others",
@@ -171,16 +172,23 @@ def _take_processes(arguments: list[str]) -> tuple[list[str], Any]:
 
 
 def _plan(arguments: list[str]) -> None:
-    from jaxmethods.launch.plan import plan, search, show, show_search
+    from jaxmethods.launch.plan import draw, plan, search, show, show_search
 
-    rest, topology = _take([a for a in arguments if a != "--json"], "--topology", "v5p:8x8x8")
-    run, as_json = _run_of("plan", [a for a in rest if a != "--search"]), "--json" in arguments
-    if "--search" not in rest:
-        show(plan(run, topology), as_json=as_json)
+    flags = ("--json", "--search")
+    rest, topology = _take([a for a in arguments if a not in flags], "--topology", "v5p:8x8x8")
+    rest, picture = _take(rest, "--picture", "memory.png")
+    run, as_json = _run_of("plan", rest), "--json" in arguments
+    found: Any
+    present: Callable[..., None]
+    if "--search" not in arguments:
+        found, present = plan(run, topology), show
     elif topology is None:
         raise ValueError("--search needs a target: --topology v5p:8x8x8")
     else:
-        show_search(search(run, topology), as_json=as_json)
+        found, present = search(run, topology), show_search
+    if picture:
+        draw(found, picture, title=f"{rest[0]} on {topology or 'this machine'}")
+    present(found, as_json=as_json)
 
 
 def _generate(arguments: list[str]) -> None:

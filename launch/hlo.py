@@ -12,6 +12,8 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "token": 0, "opaque": 0}
 
@@ -51,13 +53,18 @@ class Collective:
     """What one device sends in one kind of collective, over a whole run of the program."""
 
     kind: str
-    group: int
-    """Devices that take part together."""
+    groups: tuple[tuple[int, ...], ...]
+    """Devices that take part together, by their places in the mesh; each device is in one group (in a permutation, in two)."""
     times: int
     bytes: int
     """Of the whole array that is gathered, reduced, scattered or exchanged, summed over `times`."""
     where: str
     """The operation it comes from, as the program names it."""
+
+    @property
+    def group(self) -> int:
+        """How many devices take part together."""
+        return len(self.groups[0])
 
     @property
     def sent(self) -> float:
@@ -199,7 +206,7 @@ def _constant(instruction: Instruction | None) -> int | None:
 
 def collectives(program: Program, devices: int) -> list[Collective]:
     """What devices send each other in one run, by kind, group and origin, the largest first."""
-    found: dict[tuple[str, int, str], tuple[int, int]] = {}
+    found: dict[tuple[str, tuple[tuple[int, ...], ...], str], tuple[int, int]] = {}
     for instruction, computation, times in _with_fused(program):
         kind = instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
@@ -207,13 +214,13 @@ def collectives(program: Program, devices: int) -> list[Collective]:
         if kind == "all-reduce" and _is_scattered(instruction, computation):
             kind = "reduce-scatter"
         inputs = sum(computation[name].bytes for name in instruction.operands if name in computation)
-        group = _group(instruction.attributes, devices)
-        whole = inputs * group if kind == "all-gather" else inputs
+        groups = _groups(instruction.attributes, devices)
+        whole = inputs * len(groups[0]) if kind == "all-gather" else inputs
         origin = re.search(r'op_name="([^"]*)"', instruction.attributes)
-        key = (kind, group, origin[1] if origin else "")
+        key = (kind, groups, origin[1] if origin else "")
         often, so_far = found.get(key, (0, 0))
         found[key] = often + times, so_far + times * whole
-    made = [Collective(kind, group, often, size, where) for (kind, group, where), (often, size) in found.items()]
+    made = [Collective(kind, groups, often, size, where) for (kind, groups, where), (often, size) in found.items()]
     return sorted((c for c in made if c.group > 1), key=lambda c: -c.sent)
 
 
@@ -242,20 +249,53 @@ def _inside(program: Program, name: str) -> list[tuple[Instruction, dict[str, In
     return found
 
 
-def _group(attributes: str, devices: int) -> int:
-    """Size of a replica group, in each of the ways that it is written."""
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
+def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
+    """Which devices take part together, in each of the ways that it is written."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", mesh[2]))
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
-        return int(iota[2])
-    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-        return len(listed[1].split(","))
-    if "source_target_pairs=" in attributes:
-        return 2
+        listed = re.search(r"device_ids=\((?:\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))\)", mesh[2])
+        if listed is None:
+            order = np.arange(math.prod(sizes.values()))
+        else:
+            order = np.array(_integers(listed[3])) if listed[3] else _iota(listed[1], listed[2])
+        return _over_axes(order, sizes, mesh[3])
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        return _tuples(_iota(iota[3], iota[4]).reshape(int(iota[1]), int(iota[2])))
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", attributes):
+        return tuple(tuple(_integers(group)) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
     if written := re.search(r"replica_groups=(?!\{\})[^ ]*", attributes):
         raise ValueError(f"{written[0]!r} is a way to write groups of devices that is not known here.")
-    return devices
+    return (tuple(range(devices)),)
+
+
+def _over_axes(order: np.ndarray, sizes: dict[str, int], named: str) -> tuple[tuple[int, ...], ...]:
+    """The groups of a mesh over some of its axes, or over parts of them: `'x':(2)4` is the 4 in an axis of 2 x 4 x rest."""
+    parts = {name: (before, size) for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named)}
+    shape: list[int] = []
+    within: list[int] = []
+    for name, size in sizes.items():
+        if name in parts:
+            before, part = (int(n) for n in parts[name]) if parts[name][1] else (1, size)
+            within.append(len(shape) + 1)
+            shape += [before, part, size // (before * part)]
+        else:
+            shape.append(size)
+    grid = np.moveaxis(order.reshape(shape), within, range(-len(within), 0))
+    return _tuples(grid.reshape(-1, math.prod(shape[axis] for axis in within)))
+
+
+def _iota(dims: str, permutation: str | None) -> np.ndarray:
+    """0, 1, 2, ... in an array of these sizes, its axes permuted, read row by row."""
+    sizes = _integers(dims)
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(_integers(permutation) if permutation else None).reshape(-1)
+
+
+def _integers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
+def _tuples(groups: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(group) for group in groups.tolist())
 
 
 def memory_traffic(program: Program) -> int:

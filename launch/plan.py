@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jaxmethods import quantization, sharding, tree
-from jaxmethods.launch import cost, hlo, targets
+from jaxmethods.launch import cost, hlo, plot, targets
 from jaxmethods.launch.assembly import Assembly, assemble, model_shapes
 from jaxmethods.launch.config import Mesh, Run
 
@@ -27,15 +30,17 @@ def plan(run: Run, topology: str | None = None) -> dict[str, Any]:
     """The run as plain values: model, trained part, bytes and FLOPs of a step.
 
     Args:
-        topology: compile the step for these devices, such as `v5p:8x8x8`; by default for those of this machine, where the
-            step is small enough.
+        topology: compile the step for these devices, such as `v5p:8x8x8` or `h100:2x8`; by default for those of this machine,
+            where the step is small enough.
 
     Returns:
         `bytes_per_device`: the compiler's own report, with the `limit` of the device, or None where nothing was compiled;
-        `state_bytes_per_device` follows from shapes and shardings alone. `flops_per_step` are counted from the program.
-        `collectives`: by kind, how many and the bytes a device sends. `roofline`: seconds that a step takes at the published
-        rates of matrix units, memory and interconnect, each alone; `step_seconds_roofline` is the largest of them, and
-        `bound` its name. Where the step does not fit, `alternatives` says what each next choice needs (see `choices`).
+        `state_bytes_per_device` follows from shapes and shardings alone. `flops_per_step` are counted from the program; they are
+        a lower bound where `counted_once` names loops whose length depends on the data (attention over blocks of keys).
+        `collectives`: by kind, how many, the bytes a device sends, and the seconds that its links take. `roofline`: seconds
+        that a step takes at the published rates of matrix units, memory and interconnect, each alone;
+        `step_seconds_roofline` is the largest of them, and `bound` its name. Where the step does not fit, `alternatives` says
+        what each next choice needs (see `choices`).
 
     Raises:
         ValueError, FileNotFoundError: what `train` would refuse about config and model; an unknown topology.
@@ -57,9 +62,7 @@ def plan(run: Run, topology: str | None = None) -> dict[str, Any]:
         },
         "tokens_per_step": run.batch_size * run.data.sequence_length,
         "steps": run.steps,
-        "state_bytes_per_device": {
-            "trained": _bytes(assembly.state.trained), "optimizer": _bytes(assembly.state.opt), "frozen": _bytes(assembly.frozen),
-        },
+        "state_bytes_per_device": _state_bytes(assembly),
         "layout": layout(assembly),
     }  # fmt: skip
     found |= _examined(assembly, devices, compiles=topology is not None or total <= COMPILED_UP_TO)
@@ -114,9 +117,9 @@ def choices(run: Run, mesh: Any) -> list[dict[str, Any]]:
 
 
 def _tried(run: Run, change: dict[str, Any], devices: Sequence[Any]) -> dict[str, Any]:
-    changed = dataclasses.replace(run, **change)
-    examined = _examined(_assembled(changed, devices), devices, compiles=True)
-    kept = ("bytes_per_device", "fits", "step_seconds_roofline", "bound", "compile_seconds")
+    assembly = _assembled(dataclasses.replace(run, **change), devices)
+    examined = _examined(assembly, devices, compiles=True) | {"state_bytes_per_device": _state_bytes(assembly)}
+    kept = ("state_bytes_per_device", "bytes_per_device", "fits", "step_seconds_roofline", "bound", "compile_seconds")
     plain = {name: dataclasses.asdict(x) if isinstance(x, Mesh) else x for name, x in change.items()}
     return {"change": plain} | {name: examined[name] for name in kept}
 
@@ -129,7 +132,10 @@ def _examined(assembly: Assembly, devices: Sequence[Any], *, compiles: bool) -> 
     """What a step costs: counted from the program and, where it compiles, read from what the compiler made of it."""
     counted = cost.count(assembly.step, assembly.state, assembly.frozen, assembly.batch())
     compiled = _compiled(assembly, devices) if compiles else _NOT_COMPILED
-    flops = {"flops_per_step": counted.flops, "flops_per_device": counted.flops / len(devices)}
+    flops = {
+        "flops_per_step": counted.flops, "flops_per_device": counted.flops / len(devices),
+        "counted_once": list(counted.unknown_loops),
+    }  # fmt: skip
     return flops | compiled | _roofline(devices[0], counted.matmul_flops / len(devices), compiled)
 
 
@@ -152,7 +158,7 @@ def _compiled(assembly: Assembly, devices: Sequence[Any]) -> dict[str, Any]:
             raise
         size = lambda number, unit: int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit])
         temporaries, available = size(*told.group(1, 2)), size(*told.group(3, 4))
-        arguments = _bytes(assembly.state.trained) + _bytes(assembly.state.opt) + _bytes(assembly.frozen)
+        arguments = sum(_state_bytes(assembly).values())
         needed = {
             "arguments": arguments,
             "temporaries": temporaries,
@@ -164,10 +170,12 @@ def _compiled(assembly: Assembly, devices: Sequence[Any]) -> dict[str, Any]:
     program = hlo.parse(text)
     memory = cost.memory(compiled)
     kinds: dict[str, dict[str, float]] = {}
+    nodes = [device.process_index for device in assembly.mesh.devices.flat]
     for collective in hlo.collectives(program, len(devices)):
-        kind = kinds.setdefault(collective.kind, {"count": 0, "bytes_sent": 0.0})
+        kind = kinds.setdefault(collective.kind, {"count": 0, "bytes_sent": 0.0, "seconds": 0.0})
         kind["count"] += collective.times
         kind["bytes_sent"] += collective.sent
+        kind["seconds"] += 0.0 if chip is None or not chip.link_rate else collective.sent / _rate(chip, collective, nodes)
     return {
         "bytes_per_device": memory | {"limit": limit},
         "fits": None if limit is None else memory["total"] <= limit,
@@ -175,6 +183,19 @@ def _compiled(assembly: Assembly, devices: Sequence[Any]) -> dict[str, Any]:
         "memory_traffic_per_device": hlo.memory_traffic(program),
         "compile_seconds": round(time.perf_counter() - start, 2),
     }
+
+
+def _rate(chip: targets.Chip, collective: hlo.Collective, nodes: Sequence[int]) -> float:
+    """Bytes a second at which each device of a collective sends.
+
+    A ring that goes through several nodes leaves each of them once, over the adapters of those of its devices that it has there.
+    """
+    assert chip.link_rate
+    if chip.network_rate is None:
+        return chip.link_rate
+    here = [Counter(nodes[device] for device in group) for group in collective.groups]
+    fewest = min((min(count.values()) for count in here if len(count) > 1), default=math.inf)
+    return min(chip.link_rate, fewest * chip.network_rate)
 
 
 _OUT_OF_MEMORY = re.compile(r"HLO temporaries \(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)")
@@ -188,11 +209,10 @@ def _roofline(device: Any, matmul_flops: float, compiled: dict[str, Any]) -> dic
         return {"roofline": None, "step_seconds_roofline": None, "bound": None}
     seconds = {"compute": matmul_flops / chip.flops}
     if compiled["collectives"] is not None:
-        sent = sum(kind["bytes_sent"] for kind in compiled["collectives"].values())
         if chip.memory_rate:
             seconds["memory"] = compiled["memory_traffic_per_device"] / chip.memory_rate
         if chip.link_rate:
-            seconds["interconnect"] = sent / chip.link_rate
+            seconds["interconnect"] = sum((kind["seconds"] for kind in compiled["collectives"].values()), 0.0)
     bound = max(seconds, key=lambda name: seconds[name])
     return {"roofline": seconds, "step_seconds_roofline": seconds[bound], "bound": bound}
 
@@ -222,10 +242,43 @@ def layout(assembly: Assembly) -> dict[str, dict[str, Any]]:
     return dict(sorted(found.items()))
 
 
+def _state_bytes(assembly: Assembly) -> dict[str, int]:
+    """Bytes on one device of what lives from step to step."""
+    state = assembly.state
+    return {"trained": _bytes(state.trained), "optimizer": _bytes(state.opt), "frozen": _bytes(assembly.frozen)}
+
+
 def _bytes(shapes: tree.Tree) -> int:
     """Bytes on one device, from shapes and shardings."""
     local = lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
     return tree.size_in_bytes(jax.tree.map(local, shapes))
+
+
+def parts(found: dict[str, Any]) -> dict[str, int]:
+    """A step's bytes on a device by what they are for: `frozen`, `trained`, `optimizer`, and `temporaries`, which is all else.
+
+    Args:
+        found: what `plan` found of a step that was compiled, or one of its `alternatives`, or of `search`.
+    """
+    held = found["state_bytes_per_device"]
+    rest = found["bytes_per_device"]["total"] - sum(held.values())
+    return {name: held[name] for name in ("frozen", "trained", "optimizer")} | {"temporaries": max(rest, 0)}
+
+
+def draw(found: dict[str, Any] | list[dict[str, Any]], path: str | os.PathLike[str], *, title: str) -> None:
+    """Draws what a plan's step needs of a device's memory, and each alternative; or each arrangement of a search.
+
+    Raises:
+        ValueError: the step was not compiled.
+    """
+    if isinstance(found, list):
+        every = {_words(one["change"]): one for one in found}
+    else:
+        every = {"as given": found} | {_words(one["change"]): one for one in found.get("alternatives", ())}
+    needed = [one["bytes_per_device"] for one in every.values()]
+    if needed[0] is None:
+        raise ValueError("--picture shows a compiled step, and this one was not compiled; name a target: --topology v5p:4x4x4")
+    plot.draw_memory({name: parts(one) for name, one in every.items()}, path, limit=needed[0]["limit"], title=title)
 
 
 def show(plan: dict[str, Any], *, as_json: bool) -> None:
@@ -246,7 +299,8 @@ def show(plan: dict[str, Any], *, as_json: bool) -> None:
         + ", ".join(f"{layer} ({count:,})" for layer, count in list(trained["layers"].items())[:8])
         + (f", and {len(trained['layers']) - 8} more" if len(trained["layers"]) > 8 else ""),
         "devices": f"{devices['count']} x {devices['kind']} ({mesh})",
-        "a step": f"{plan['tokens_per_step']:,} tokens, {plan['flops_per_step']:.3g} FLOPs"
+        "a step": f"{plan['tokens_per_step']:,} tokens, {'at least ' if plan['counted_once'] else ''}"
+        f"{plan['flops_per_step']:.3g} FLOPs"
         + (f", {plan['step_seconds_roofline']:.3f} s at the devices' rates" if plan["roofline"] else ""),
         "a device holds": ", ".join(f"{name} {_gib(size)}" for name, size in state.items()),
     }

@@ -1,10 +1,11 @@
-"""The picture of a run: its losses over its steps, drawn from the metrics file alone."""
+"""The pictures of a run: its losses over its steps, drawn from the metrics file alone, and the memory that its step needs."""
 
 from __future__ import annotations
 
 import io
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,73 @@ def draw_losses(
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(_FAINT)
     axes.legend(frameon=True, framealpha=0.8, edgecolor="none", fontsize=9, labelcolor=_INK, loc="upper right")
+
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_whole(png_path, picture.getvalue())
+
+
+_PARTS = {"frozen": "#9aa5b1", "trained": _BLUE, "optimizer": "#7fb0de", "temporaries": "#e9b44c"}
+
+
+def draw_memory(
+    needs: Mapping[str, Mapping[str, int]],
+    png_path: str | os.PathLike[str],
+    *,
+    limit: int | None = None,
+    title: str = "",
+) -> None:
+    """Draws what steps need of one device's memory: a bar each, its parts end to end, and the limit as a line.
+
+    Args:
+        needs: name of a bar -> {part: bytes}; the parts are `frozen`, `trained`, `optimizer` and `temporaries`.
+        limit: bytes that the device has.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(needs)
+    figure = Figure(figsize=(8, 1.55 + 0.52 * len(names)), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    totals = [sum(parts.values()) for parts in needs.values()]
+    reach = max(totals) / 2**30
+    near = limit is not None and limit / 2**30 < 2.5 * reach  # a limit far away would leave nothing of the bars
+    if limit is not None and near:
+        reach = max(reach, limit / 2**30)
+    start = np.zeros(len(names))
+    for part, colour in _PARTS.items():
+        sizes = np.array([parts[part] for parts in needs.values()]) / 2**30
+        label = "temporaries (activations, gradients)" if part == "temporaries" else part
+        axes.barh(names, sizes, left=start, height=0.56, color=colour, edgecolor="white", linewidth=0.6, label=label)
+        for at, size in enumerate(sizes):
+            if size > reach / 14:
+                ink = "white" if part == "trained" else _INK
+                axes.text(start[at] + size / 2, at, f"{size:.3g}", ha="center", va="center", fontsize=8, color=ink)
+        start += sizes
+    for at, total in enumerate(totals):
+        over = limit is not None and total > limit
+        axes.text(
+            total / 2**30 + 0.012 * reach, at, f"{total / 2**30:.3g} GiB" + (", too much" if over else ""), va="center", fontsize=9,
+            color=_RED if over else _INK, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8}, zorder=4,
+        )  # fmt: skip
+    if limit is not None and near:
+        label = f"limit, {limit / 2**30:.3g} GiB"
+        axes.axvline(limit / 2**30, color=_RED, linewidth=1.2, linestyle=(0, (4, 2)), label=label, zorder=3)
+    elif limit is not None:
+        told = f"limit, {limit / 2**30:.3g} GiB, is {limit / max(totals):.0f} times as far \N{RIGHTWARDS ARROW}"
+        axes.text(0.995, 1.02, told, transform=axes.transAxes, ha="right", va="bottom", fontsize=8.5, color=_RED)
+    axes.invert_yaxis()  # the first one on top
+    axes.set_xlim(0, 1.2 * reach)
+    axes.set_xlabel("Memory of one device (GiB)", color=_INK)
+    if title:
+        axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK, pad=10, parse_math=False)
+    axes.grid(axis="x", color=_FAINT, alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", colors=_INK, length=0, labelsize=9)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(_FAINT)
+    figure.legend(
+        loc="outside lower center", ncols=5, frameon=False, fontsize=8.5, labelcolor=_INK, handlelength=1.4, columnspacing=1.2,
+    )  # fmt: skip
 
     picture = io.BytesIO()
     figure.savefig(picture, format="png")

@@ -47,32 +47,38 @@ def test_a_group_over_one_axis_and_over_two():
 
 
 def test_what_a_device_sends_on_a_ring():
-    of = lambda kind, group: hlo.Collective(kind, group, 1, 1000, "").sent
+    of = lambda kind, group: hlo.Collective(kind, (tuple(range(group)),), 1, 1000, "").sent
     assert of("all-gather", 4) == of("reduce-scatter", 4) == of("all-to-all", 4) == 750
     assert of("all-reduce", 4) == 1500 and of("collective-permute", 2) == 1000
 
 
 @pytest.mark.parametrize(
-    ("written", "size"),
+    ("written", "groups"),
     [
-        ("replica_groups={{0,2,4,6},{1,3,5,7}}, use_global_device_ids=true", 4),
-        ("replica_groups=[2,4]<=[4,2]T(1,0)", 4),
-        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}", 2),
-        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0','axis_1'}", 8),
+        ("replica_groups={{0,2,4,6},{1,3,5,7}}, use_global_device_ids=true", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ("replica_groups=[2,4]<=[8], dimensions={0}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0','axis_1'}", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        # The mesh holds devices 0 4 1 5 2 6 3 7, so that its first axis steps from 0 to 1.
         (
             "replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_0'}, dimensions={0}",
-            4,
+            [[0, 1, 2, 3], [4, 5, 6, 7]],
         ),
-        ("replica_groups={}", 8),
+        ("replica_groups=mesh['x'=2,'y'=2], device_ids=(3,1,2,0) {'y'}", [[3, 1], [2, 0]]),
+        ("replica_groups=mesh['x'=8] {'x':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ("replica_groups={}", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        ("channel_id=1, source_target_pairs={{0,1},{1,0},{6,7}}", [[0, 1], [1, 0], [6, 7]]),
     ],
 )
-def test_the_ways_that_groups_are_written(written, size):
-    assert hlo._group(written, 8) == size
+def test_the_ways_that_groups_are_written(written, groups):
+    assert [list(group) for group in hlo._groups(written, 8)] == groups
 
 
 def test_a_group_in_an_unknown_form_is_refused():
     with pytest.raises(ValueError, match="not known here"):
-        hlo._group("replica_groups=<new>, dimensions={0}", 8)
+        hlo._groups("replica_groups=<new>, dimensions={0}", 8)
 
 
 def test_a_reduction_of_which_each_device_keeps_a_slice_is_a_scatter():

@@ -105,6 +105,43 @@ def test_smoothing_keeps_constants_and_the_middle_of_lines():
     assert plot._smoothed(noise).std() < 0.2
 
 
+def test_memory_is_drawn_in_proportion(tmp_path):
+    """Each part's width is to the others' as its bytes, and the limit stands where its bytes end."""
+    gib = 2**30
+    needs = {
+        "one": {"frozen": 2 * gib, "trained": 1 * gib, "optimizer": 3 * gib, "temporaries": 4 * gib},
+        "two": {"frozen": 2 * gib, "trained": 0, "optimizer": 0, "temporaries": 1 * gib},
+    }
+    plot.draw_memory(needs, tmp_path / "memory.png", limit=8 * gib)
+    picture = np.rint(matplotlib.image.imread(tmp_path / "memory.png")[..., :3] * 255).astype(int)
+    bars = picture[: int(picture.shape[0] * 0.7)]  # above the legend
+
+    def columns(colour, line):
+        code = [int(colour[n : n + 2], 16) for n in (1, 3, 5)]
+        return np.nonzero(np.abs(bars[line] - code).max(-1) <= 6)[0]
+
+    kept = [line for line in range(len(bars)) if len(columns(plot._PARTS["frozen"], line)) > 100]
+    first, second = kept[3], kept[-3]  # near a bar's edge, where no number is written
+    start = columns(plot._PARTS["frozen"], first).min()
+    width = {part: np.ptp(columns(colour, first)) for part, colour in plot._PARTS.items()}
+    scale = width["temporaries"] / 4
+    for part, size in {"frozen": 2, "trained": 1, "optimizer": 3}.items():
+        assert width[part] == pytest.approx(size * scale, abs=4)
+    assert np.ptp(columns(plot._PARTS["temporaries"], second)) == pytest.approx(scale, abs=4)
+    assert len(columns(plot._PARTS["optimizer"], second)) == 0
+    line = columns(plot._RED, (first + second) // 2)  # between the bars
+    assert line.mean() - start == pytest.approx(8 * scale, abs=8)
+
+
+def test_a_limit_far_away_leaves_the_bars_their_room(tmp_path):
+    parts = {"frozen": 2**20, "trained": 2**20, "optimizer": 2**20, "temporaries": 2**21}
+    for limit, name in ((2**37, "far"), (None, "none")):
+        plot.draw_memory({"a": parts}, tmp_path / f"{name}.png", limit=limit, title="a_run of $x$")
+        picture = np.rint(matplotlib.image.imread(tmp_path / f"{name}.png")[..., :3] * 255).astype(int)
+        code = [int(plot._PARTS["temporaries"][n : n + 2], 16) for n in (1, 3, 5)]
+        assert (np.abs(picture - code).max(-1) <= 6).any(0).sum() > 300
+
+
 def test_neither_pyplot_nor_a_display_is_used(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # an import raises
     monkeypatch.delenv("DISPLAY", raising=False)

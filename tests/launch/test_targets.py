@@ -1,4 +1,4 @@
-"""Chips and topologies; the TPU compiler where it is installed (pip install 'jaxmethods[aot]')."""
+"""Chips and topologies; the compilers of TPUs and NVIDIA's GPUs where they are installed (jaxmethods[aot], [aot-cuda])."""
 
 import dataclasses
 import importlib.util
@@ -6,9 +6,10 @@ import importlib.util
 import jax
 import pytest
 
-from jaxmethods.launch import targets
+from jaxmethods.launch import cost, hlo, targets
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+needs_cuda_compiler = pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs JAX's CUDA plugin")
 
 
 def test_peaks_belong_to_one_device():
@@ -57,6 +58,9 @@ def test_published_rates_are_in_proportion():
         ("v5p", "chips along each axis"),
         ("v5p:8", "as in v5p:4x4x4"),
         ("v5e:ax2", "as in v5e:4x4"),
+        ("h100", "as in h100:8 or h100:2x8"),
+        ("h100:16", "at most 8"),
+        ("b200:0x8", "as in b200:8 or b200:2x8"),
     ],
 )
 def test_a_topology_that_is_none_is_refused(topology, says):
@@ -68,6 +72,19 @@ def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"jaxmethods\[aot\]"):
         targets.devices_of("v5p:2x2x1")
+    with pytest.raises(ImportError, match=r"jaxmethods\[aot-cuda\]"):
+        targets.devices_of("h100:8")
+
+
+def test_what_the_compiler_is_told_of_a_gpu_agrees_with_the_published_rates():
+    for gpu in targets.GPUS.values():
+        chip = targets.chip_of(gpu.name)
+        assert chip.memory <= gpu.memory < 1.08 * chip.memory  # what CUDA and NCCL take is between the two
+        assert gpu.memory_rate == pytest.approx(chip.memory_rate, rel=0.05)
+        # Four matrix units in a multiprocessor, of 256, 512 and 1024 fused operations a clock; they run at most at its clock.
+        each = {8: 256, 9: 512, 10: 1024}[gpu.capability]
+        peak = 2 * 4 * each * gpu.multiprocessors * gpu.clock_ghz * 1e9
+        assert chip.flops <= 1.01 * peak and peak < 1.1 * chip.flops
 
 
 @needs_compiler
@@ -85,10 +102,37 @@ def test_a_missing_compiler_is_named(monkeypatch):
 def test_slices_have_their_devices_and_rates(topology, devices):
     found = targets.devices_of(topology)
     assert len(found) == devices and found[0].platform == "tpu"
-    assert dataclasses.astuple(targets.chip_of(found[0])).count(None) == 0
+    assert dataclasses.astuple(targets.chip_of(found[0])).count(None) == 1  # a slice's links reach every chip
 
 
 @needs_compiler
 def test_a_shape_that_no_slice_has_is_refused():
     with pytest.raises(ValueError, match="knows no topology 'v5p:7x9x11'"):
         targets.devices_of("v5p:7x9x11")
+
+
+@needs_cuda_compiler
+@pytest.mark.parametrize(
+    ("topology", "nodes", "of_each"), [("a100:8", 1, 8), ("h100:1", 1, 1), ("h200:4", 1, 4), ("b200:2x8", 2, 8)]
+)
+def test_nodes_have_their_gpus_and_rates(topology, nodes, of_each):
+    found = targets.devices_of(topology)
+    assert [device.process_index for device in found] == [node for node in range(nodes) for _ in range(of_each)]
+    assert found[0].platform == "gpu"
+    assert dataclasses.astuple(targets.chip_of(found[0])).count(None) == 0
+
+
+@needs_cuda_compiler
+@pytest.mark.slow
+def test_a_program_for_gpus_has_its_collectives_and_memory():
+    """A row-split product: x [64, 512] over eight devices, w [512, 256] gathered from its eighths, 32 KiB each."""
+    mesh = jax.sharding.Mesh(targets.devices_of("h100:8"), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.NamedSharding(mesh, jax.P("x"))
+    shapes = [jax.ShapeDtypeStruct(shape, "bfloat16", sharding=split) for shape in ((64, 512), (512, 256))]
+    lowered = jax.jit(lambda x, w: jax.numpy.tanh(x @ w), out_shardings=split).lower(*shapes)
+    compiled, text = targets.compile_for(lowered, "gpu")
+    (found,) = hlo.collectives(hlo.parse(text), 8)
+    assert (found.kind, found.group, found.times, found.bytes) == ("all-gather", 8, 1, 512 * 256 * 2)
+    memory = cost.memory(compiled)
+    assert memory["arguments"] == (64 * 512 + 512 * 256) * 2 // 8 and memory["outputs"] == 64 * 256 * 2 // 8
+    assert memory["temporaries"] >= 512 * 256 * 2  # where w is gathered
