@@ -326,7 +326,7 @@ def _traffic(
         return written
     operands = [computation[name].shape if name in computation else "" for name in instruction.operands]
     sizes = [size_in_bytes(shape, in_main_memory=True) for shape in operands]
-    if instruction.opcode == "dynamic-slice":
+    if instruction.opcode in ("slice", "dynamic-slice"):
         return min(sizes[0], instruction.bytes) + written
     if instruction.opcode == "dynamic-update-slice":
         return 2 * sizes[1]
@@ -341,28 +341,31 @@ def _traffic(
 def _fused_traffic(program: Program, name: str) -> tuple[dict[int, int], int]:
     """(bytes read of the operands that are only sliced or updated, by number; bytes of the result that stay as they are)."""
     inner = program.computations[name]
-    users: dict[str, list[Instruction]] = {}
-    for instruction in inner.values():
-        for operand in instruction.operands:
-            users.setdefault(operand, []).append(instruction)
 
-    def uses(operand: str) -> Iterator[tuple[Instruction, str]]:
-        for user in users.get(operand, []):
+    def uses(computation: dict[str, Instruction], operand: str) -> Iterator[tuple[Instruction, str]]:
+        for user in computation.values():
+            if operand not in user.operands:
+                continue
             if user.opcode in ("bitcast", "reshape"):
-                yield from uses(user.name)
+                yield from uses(computation, user.name)
+            elif user.opcode == "fusion":  # one inside of the other
+                nested = program.computations[str(user.attribute("calls"))]
+                for at in (at for at, name in enumerate(user.operands) if name == operand):
+                    parameter = next(i for i in nested.values() if i.opcode == "parameter" and i.operands == (str(at),))
+                    yield from uses(nested, parameter.name)
             else:
                 yield user, operand
 
     reads: dict[int, int] = {}
     for parameter in (i for i in inner.values() if i.opcode == "parameter"):
-        found = list(uses(parameter.name))
+        found = list(uses(inner, parameter.name))
         if all(user.opcode in _PARTIAL and user.operands[0] == operand for user, operand in found):
             # An array that is updated in place is not read; one that is sliced, or looked up, is read in part.
             sliced = (user.bytes for user, _ in found if user.opcode != "dynamic-update-slice")
             reads[int(parameter.operands[0])] = sum(sliced)
     updates = (i for i in inner.values() if i.opcode == "dynamic-update-slice" and i.operands[1] in inner)
-    results = (update for update in updates if all(user.opcode == "tuple" for user, _ in uses(update.name)))
+    results = (update for update in updates if all(user.opcode == "tuple" for user, _ in uses(inner, update.name)))
     return reads, sum(update.bytes - inner[update.operands[1]].bytes for update in results)
 
 
-_PARTIAL = ("dynamic-slice", "dynamic-update-slice", "gather")
+_PARTIAL = ("slice", "dynamic-slice", "dynamic-update-slice", "gather")

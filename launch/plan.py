@@ -110,9 +110,9 @@ def choices(run: Run, mesh: Any) -> list[dict[str, Any]]:
     if rows % (2 * sizes["data"] * sizes["fsdp"]) == 0:
         found.append({"accumulate": 2 * run.accumulate})
     if sizes["data"] > 1:
-        found.append({"mesh": Mesh(1, sizes["data"] * sizes["fsdp"], sizes["tensor"])})
+        found.append({"mesh": Mesh(1, sizes["data"] * sizes["fsdp"], sizes["tensor"], sizes["sequence"])})
     elif sizes["fsdp"] % 2 == 0:
-        found.append({"mesh": Mesh(sizes["data"], sizes["fsdp"] // 2, 2 * sizes["tensor"])})
+        found.append({"mesh": Mesh(sizes["data"], sizes["fsdp"] // 2, 2 * sizes["tensor"], sizes["sequence"])})
     return found
 
 
@@ -149,7 +149,8 @@ def _compiled(assembly: Assembly, devices: Sequence[Any]) -> dict[str, Any]:
     chip = targets.chip_of(devices[0])
     limit = None if chip is None or chip.memory is None else int(chip.memory)
     start = time.perf_counter()
-    lowered = assembly.step.lower(assembly.state, assembly.frozen, assembly.batch())
+    with jax.set_mesh(assembly.mesh):  # by which a kernel outside of `shard_map`, on one device, is told its target
+        lowered = assembly.step.lower(assembly.state, assembly.frozen, assembly.batch())
     try:
         compiled, text = targets.compile_for(lowered, devices[0].platform)
     except jax.errors.JaxRuntimeError as error:

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxmethods.kernels.banked import banked_linear, pallas_tpu
-from tests.kernels.compiler import TOPOLOGIES, needs_compiler, report
+from tests.compiler import TOPOLOGIES, needs_compiler, report
 
 ROWS = np.array([2, 2, -1, 0, 4], np.int32)
 run = jax.jit(banked_linear, static_argnames=("transposed", "implementation"))

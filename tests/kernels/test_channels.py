@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmethods.kernels.channels import add_channels, take_channels
-from tests.kernels.compiler import TOPOLOGIES, needs_compiler, report
+from tests.compiler import TOPOLOGIES, needs_compiler, report
 
 IMPLEMENTATIONS = ("gather", "product", None)
 INDICES = np.array([3, 17, 17, 40, 0], np.int32)  # one twice; one past the end of 40

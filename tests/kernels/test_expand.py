@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxmethods.kernels.expand import expand, pallas_tpu
-from tests.kernels.compiler import TOPOLOGIES, needs_compiler, report
+from tests.compiler import TOPOLOGIES, needs_compiler, report
 
 CASES = [  # channels, tokens, d_out: one block; two and a rest of tokens, 17 of outputs; no whole lanes
     (6, 40, 256, jnp.float32),

@@ -14,7 +14,7 @@ from jaxmethods.launch import Run, targets
 from jaxmethods.launch.assembly import assemble
 from jaxmethods.models.attention import attention_on
 from tests import tiny
-from tests.kernels.compiler import needs_compiler
+from tests.compiler import needs_compiler
 from tests.kernels.test_attention import inputs
 
 PACKED = [[100, 60, 80, -16], [256]]

@@ -163,6 +163,34 @@ ENTRY %main (x: f32[1000]) -> f32[1000] {
     assert hlo.memory_traffic(hlo.parse(text)) == 4000 + 0 + 4000
 
 
+def test_traffic_of_a_slice_is_the_slice_also_in_a_fusion_inside_of_a_fusion():
+    """10 of 1000 numbers are read and written; what the fusion adds to them it reads too."""
+    text = """HloModule step
+
+%inner (p: f32[1000], q: f32[10]) -> f32[10] {
+  %p = f32[1000]{0} parameter(0)
+  %q = f32[10]{0} parameter(1)
+  %part = f32[10]{0} slice(%p), slice={[5:15]}
+  ROOT %sum = f32[10]{0} add(%part, %q)
+}
+
+%outer (a: f32[1000], b: f32[10]) -> f32[10] {
+  %a = f32[1000]{0} parameter(0)
+  %b = f32[10]{0} parameter(1)
+  ROOT %nested = f32[10]{0} fusion(%a, %b), kind=kLoop, calls=%inner
+}
+
+ENTRY %main (x: f32[1000], y: f32[10]) -> f32[10] {
+  %x = f32[1000]{0} parameter(0)
+  %y = f32[10]{0} parameter(1)
+  WHAT
+}
+"""
+    traffic = lambda what: hlo.memory_traffic(hlo.parse(text.replace("WHAT", f"ROOT %out = f32[10]{{0}} {what}")))
+    assert traffic("slice(%x), slice={[5:15]}") == 2 * 40
+    assert traffic("fusion(%x, %y), kind=kLoop, calls=%outer") == traffic("fusion(%x, %y), kind=kLoop, calls=%inner") == 3 * 40
+
+
 def test_traffic_of_one_elementwise_operation():
     made = program(lambda x, y: x + y, *[jax.ShapeDtypeStruct((1000,), jnp.float32)] * 2)
     assert hlo.memory_traffic(made) == 3 * 4000

@@ -27,7 +27,7 @@ def test_a_mesh_is_given_in_one_word(recipe):
     assert run_of(recipe, "--mesh", "data=2,fsdp=2,tensor=2").mesh == config.Mesh(2, 2, 2)
     assert run_of(recipe, "--mesh=tensor=4").mesh == config.Mesh(1, -1, 4)
     for wrong in ("model=2", "data", "data=x"):
-        with pytest.raises(ValueError, match="is not AXIS=SIZE; the axes are data, fsdp, tensor"):
+        with pytest.raises(ValueError, match="is not AXIS=SIZE; the axes are data, fsdp, tensor, sequence"):
             run_of(recipe, "--mesh", wrong)
     with pytest.raises(ValueError, match="--mesh needs a value"):
         run_of(recipe, "--mesh", "--json")
@@ -96,7 +96,7 @@ def test_a_step_that_does_not_fit_says_what_the_next_choices_need(command):
         found["fits"] is False and found["bytes_per_device"]["limit"] < 16 * 2**30 < found["bytes_per_device"]["total"]
     )
     assert [other["change"] for other in found["alternatives"]] == [
-        {"accumulate": 2}, {"mesh": {"data": 1, "fsdp": 2, "tensor": 2}},
+        {"accumulate": 2}, {"mesh": {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 1}},
     ]  # fmt: skip
     assert all(other["bytes_per_device"]["total"] > 0 and not other["fits"] for other in found["alternatives"])
 
@@ -109,7 +109,7 @@ def test_a_step_compiled_for_a_slice(command, recipe):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["devices"] == {
-        "topology": "v5e:2x2", "kind": "TPU v5 lite", "count": 4, "mesh": {"data": 1, "fsdp": 2, "tensor": 2},
+        "topology": "v5e:2x2", "kind": "TPU v5 lite", "count": 4, "mesh": {"data": 1, "fsdp": 2, "sequence": 1, "tensor": 2},
     }  # fmt: skip
     assert found["fits"] and found["bytes_per_device"]["limit"] == 16 * 2**30
     assert (
@@ -128,7 +128,7 @@ def test_a_step_compiled_for_nodes_of_gpus(command, recipe, tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["devices"] == {
-        "topology": "h100:2x2", "kind": "NVIDIA H100 80GB HBM3", "count": 4, "mesh": {"data": 2, "fsdp": 2, "tensor": 1},
+        "topology": "h100:2x2", "kind": "NVIDIA H100 80GB HBM3", "count": 4, "mesh": {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 1},
     }  # fmt: skip
     assert found["fits"] and found["bytes_per_device"]["limit"] == 80e9
     assert found["bytes_per_device"]["total"] > sum(found["state_bytes_per_device"].values())

@@ -10,7 +10,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmethods.launch import hlo, targets
 
-needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+
+
+def needs_compiler(test):
+    """Marks a test that takes the TPU's compiler; `pytest -m tpu_compiler` runs them all."""
+    skip = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+    return pytest.mark.tpu_compiler(skip(test))
+
+
 TOPOLOGIES = ("v5e:1x1", "v5p:2x2x1", "v6e:1x1")
 
 
