@@ -310,9 +310,7 @@ class Study:
         arguments = [*(f"--{name}={value}" for name, value in given.items()), "--child", json.dumps(wanted)]
         lane = self.lanes.get() if wanted["task"] != TIMING else 0
         try:
-            found = processes.run(
-                __file__, arguments, threads, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, lane=lane
-            )
+            found = processes.run(__file__, arguments, threads, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, lane=lane)
         finally:
             if wanted["task"] != TIMING:
                 self.lanes.put(lane)

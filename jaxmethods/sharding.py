@@ -102,12 +102,12 @@ def split_tokens(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     """
     if mesh is None or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, tokens_spec(*x.shape[:2], mesh)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, tokens_spec(x.shape, mesh)))
 
 
-def tokens_spec(rows: int, tokens: int, mesh: Mesh) -> P:
-    """[rows, tokens] as a batch lies, as far as the mesh divides them."""
-    return P(*(_that_divide(entry, size, mesh) for entry, size in zip(BATCH, (rows, tokens), strict=True)))
+def tokens_spec(shape: Sequence[int], mesh: Mesh) -> P:
+    """How an array [rows, tokens, ...] lies: as a batch does, as far as the mesh divides it."""
+    return P(*(_that_divide(entry, size, mesh) for entry, size in zip(BATCH, shape[:2], strict=True)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

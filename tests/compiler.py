@@ -11,7 +11,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxmethods.launch import hlo, targets
 
 
-
 def needs_compiler(test):
     """Marks a test that takes the TPU's compiler; `pytest -m tpu_compiler` runs them all."""
     skip = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
@@ -19,6 +18,13 @@ def needs_compiler(test):
 
 
 TOPOLOGIES = ("v5e:1x1", "v5p:2x2x1", "v6e:1x1")
+
+
+def needs_cuda_compiler(test):
+    """Marks a test that takes JAX's CUDA plugin (pip install 'jaxmethods[aot-cuda]')."""
+    return pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs JAX's CUDA plugin")(
+        test
+    )
 
 
 class Report(NamedTuple):

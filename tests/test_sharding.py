@@ -32,9 +32,9 @@ def test_a_mesh_that_does_not_fit_is_refused_by_name(axes, says):
 
 def test_tokens_lie_over_what_divides_them():
     mesh = sharding.make_mesh({"data": 2, "sequence": 4})
-    assert sharding.tokens_spec(6, 16, mesh) == P(("data", "fsdp"), "sequence")
-    assert sharding.tokens_spec(6, 1, mesh) == P(("data", "fsdp"), None)  # as in decoding
-    assert sharding.tokens_spec(3, 8, mesh) == P(None, "sequence")
+    assert sharding.tokens_spec((6, 16), mesh) == P(("data", "fsdp"), "sequence")
+    assert sharding.tokens_spec((6, 1), mesh) == P(("data", "fsdp"), None)  # as in decoding
+    assert sharding.tokens_spec((3, 8, 5), mesh) == P(None, "sequence")
 
 
 def test_rules_skip_the_scanned_axis_and_what_does_not_divide():

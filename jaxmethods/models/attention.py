@@ -39,17 +39,17 @@ def attention_on(
     An axis of the mesh that does not divide is left out: its devices do the same. More devices along `tensor` than there are
     key-value heads share them.
     """
-    places = {"q_positions": q_positions, "kv_positions": kv_positions,
-              "q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}  # fmt: skip
+    places: dict[str, Any] = {"q_positions": q_positions, "kv_positions": kv_positions,
+                              "q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}  # fmt: skip
     options: dict[str, Any] = {"softcap": softcap, "scale": scale}
     if mesh is None or mesh.size == 1:
         return attention(q, k, v, **places, window=window, implementation=implementation, **options)
-    rows, tokens = tokens_spec(*q.shape[:2], mesh)
+    rows, tokens = tokens_spec(q.shape, mesh)
     heads, kv_heads, ways = q.shape[2], k.shape[2], mesh.shape["tensor"]
     over = "tensor" if kv_heads % ways == 0 else None
     shares = over is None and heads % ways == 0 and ways % kv_heads == 0
 
-    def own(q: Array, k: Array, v: Array, places: dict[str, Array], given: Any) -> Array:
+    def own(q: Array, k: Array, v: Array, places: dict[str, Any], given: Any) -> Array:
         if shares:
             first = jax.lax.axis_index("tensor") * kv_heads // ways
             k, v = (jax.lax.dynamic_slice_in_dim(x, first, 1, axis=2) for x in (k, v))

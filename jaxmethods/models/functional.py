@@ -101,7 +101,7 @@ def target_logps(
     device = None if mesh is None else mesh.devices.flat[0]  # the one compiled for, which need not be this machine's
     logps_of = functools.partial(_flat_logps, softcap=module.config.final_softcap, transposed=tied, device=device)
     if mesh is not None and mesh.size > 1:
-        logps_of = _on_shards(logps_of, mesh, tokens_spec(*wanted.shape, mesh), matrix.shape, transposed=tied)
+        logps_of = _on_shards(logps_of, mesh, tokens_spec(wanted.shape, mesh), matrix.shape, transposed=tied)
     logps = logps_of(hidden, matrix.astype(hidden.dtype), following(tokens), wanted)
     return jnp.roll(logps, 1, axis=1), aux
 

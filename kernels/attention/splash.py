@@ -25,7 +25,7 @@ def supports(tokens: int, shards: int = 1) -> bool:
 
 
 def kernel(
-    heads: int, tokens: int, *, window: int | None, softcap: float | None, shards: int = 1, interpret: bool = False
+    heads: int, tokens: int, *, window: int | Array | None, softcap: float | None, shards: int = 1, interpret: bool = False
 ) -> Any:
     """The library's kernel for `heads` query heads: a pytree.
 
@@ -35,8 +35,10 @@ def kernel(
             is then an argument, with `kernel.manual_sharding_spec`.
 
     Raises:
-        ValueError: tokens that do not make whole blocks.
+        ValueError: tokens that do not make whole blocks, or a traced window.
     """
+    if isinstance(window, jax.core.Tracer):
+        raise ValueError('splash attention takes a window known beforehand; use implementation="xla".')
     if not supports(tokens, shards):
         raise ValueError(
             f"splash attention takes rows of a multiple of {LANES * shards} tokens, and these have {tokens}; "
@@ -49,7 +51,7 @@ def kernel(
         block_kv_dkv_compute=keys, block_q_dq=queries, block_kv_dq=keys,
     )  # fmt: skip
     shape = tokens, tokens
-    mask = library.CausalMask(shape) if window is None else library.LocalMask(shape, (window - 1, 0), 0)
+    mask = library.CausalMask(shape) if window is None else library.LocalMask(shape, (int(window) - 1, 0), 0)
     return library.make_splash_mha(
         library.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=shards,
         attn_logits_soft_cap=softcap, residual_checkpoint_name="attention_out", interpret=interpret,
@@ -94,10 +96,7 @@ def attention(
             f"splash attention is causal and takes as many keys as queries ({k.shape[1]} and {q.shape[1]} here); "
             'use implementation="xla".'
         )
-    if isinstance(window, jax.core.Tracer):
-        raise ValueError('splash attention takes a window known beforehand; use implementation="xla".')
     if q_segment_ids is None or kv_segment_ids is None:
         q_segment_ids = kv_segment_ids = jnp.ones_like(q_positions)
-    fixed = None if window is None else int(window)
-    made = kernel(q.shape[2], q.shape[1], window=fixed, softcap=softcap, interpret=interpret)
+    made = kernel(q.shape[2], q.shape[1], window=window, softcap=softcap, interpret=interpret)
     return apply(made, q, k, v, q_segment_ids, kv_segment_ids, scale=scale)

@@ -29,14 +29,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmethods.kernels.manual_axes import vary, varying_axes
+from jaxmethods.kernels.one_tpu import VMEM_LIMIT
 from jaxmethods.kernels.token_logprobs import xla
 from jaxmethods.kernels.token_logprobs.reference import TokenStatistics, masked
 from jaxmethods.kernels.token_logprobs.xla import LOW, Kept, Needs, Settings
 
 VMEM = 46 << 20
-"""Bytes that the blocks of one kernel may take on the chip; the least of v5e, v5p, v6e and 7x has 64 MiB."""
-LIMIT = 60 << 20
-"""Bytes that the compiler may use: blocks, and what it keeps of a tile's intermediate values."""
+"""Bytes that the blocks of one kernel may take on the chip."""
 TOKENS, VOCAB = 1024, 1024
 """Most tokens and most of the vocabulary in one block."""
 KERNELS = ("values", "direction", "unembedding")
@@ -414,7 +413,7 @@ def _weights_block(settings: Settings, sizes: Tiles, dim: int, column: Any, pipe
 
 
 def _params(*semantics: Any) -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=LIMIT)
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT)
 
 
 def _product(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:

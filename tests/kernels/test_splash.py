@@ -44,12 +44,16 @@ def test_equals_the_reference(name):
         arrays = q, k, v, *at
         return splash.attention(*arrays, window, causal=True, softcap=softcap, scale=8**-0.5, interpret=True)
 
-    for got, expected in zip(jax.jit(lambda *x: with_gradients(run, *x))(q, k, v), with_gradients(reference, q, k, v), strict=True):
+    for got, expected in zip(
+        jax.jit(lambda *x: with_gradients(run, *x))(q, k, v), with_gradients(reference, q, k, v), strict=True
+    ):
         np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "splash"])
-@pytest.mark.parametrize("axes", [{"fsdp": 2, "sequence": 2, "tensor": 2}, {"sequence": 2, "tensor": 4}, {"tensor": 8}], ids=str)
+@pytest.mark.parametrize(
+    "axes", [{"fsdp": 2, "sequence": 2, "tensor": 2}, {"sequence": 2, "tensor": 4}, {"tensor": 8}], ids=str
+)
 def test_several_devices_give_what_one_gives(axes, implementation, monkeypatch):
     """Also with more devices along `tensor` than key-value heads (2), and than heads (4)."""
     monkeypatch.setattr(splash, "kernel", functools.partial(splash.kernel, interpret=True))

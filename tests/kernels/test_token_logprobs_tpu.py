@@ -1,7 +1,6 @@
 """The TPU kernels of token log-probabilities: interpreted, against float64 numpy; and compiled by the TPU compiler where it is."""
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmethods.kernels.token_logprobs import implementation_for, pallas_tpu, token_logprobs, token_statistics
 from jaxmethods.launch import targets
+from tests.compiler import needs_compiler
 
-needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 2e-2}
 """Of the largest value: float32 sums in another order; bfloat16 results are rounded to 8 bits."""
 

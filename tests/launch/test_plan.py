@@ -1,7 +1,6 @@
 """What a run is, before it runs: for eight devices here, and for TPU slices where their compiler is installed."""
 
 import dataclasses
-import importlib.util
 import json
 
 import jax
@@ -9,9 +8,7 @@ import pytest
 
 from jaxmethods import sharding
 from jaxmethods.launch import cli, config, hlo, plan, targets
-
-needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-needs_cuda_compiler = pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs JAX's CUDA plugin")
+from tests.compiler import needs_compiler, needs_cuda_compiler
 
 
 @pytest.fixture
@@ -128,7 +125,8 @@ def test_a_step_compiled_for_nodes_of_gpus(command, recipe, tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["devices"] == {
-        "topology": "h100:2x2", "kind": "NVIDIA H100 80GB HBM3", "count": 4, "mesh": {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 1},
+        "topology": "h100:2x2", "kind": "NVIDIA H100 80GB HBM3", "count": 4,
+        "mesh": {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 1},
     }  # fmt: skip
     assert found["fits"] and found["bytes_per_device"]["limit"] == 80e9
     assert found["bytes_per_device"]["total"] > sum(found["state_bytes_per_device"].values())

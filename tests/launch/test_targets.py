@@ -7,9 +7,7 @@ import jax
 import pytest
 
 from jaxmethods.launch import cost, hlo, targets
-
-needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-needs_cuda_compiler = pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs JAX's CUDA plugin")
+from tests.compiler import needs_compiler, needs_cuda_compiler
 
 
 def test_peaks_belong_to_one_device():

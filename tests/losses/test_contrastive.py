@@ -1,7 +1,6 @@
 """InfoNCE against hand-worked float64 numpy, its laws, what it holds, and on several devices."""
 
 import functools
-import importlib.util
 import math
 
 import jax
@@ -15,6 +14,7 @@ from jaxmethods import kernels
 from jaxmethods.kernels.info_nce import xla
 from jaxmethods.launch import targets as chips
 from jaxmethods.losses import info_nce
+from tests.compiler import needs_compiler
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
 """Of the largest value: float32 sums in another order; bfloat16 embeddings and gradients have 8 bits."""
@@ -64,7 +64,9 @@ def by_hand(queries, targets, temperature, symmetric=True):
 
 def close(got, expected, dtype=jnp.float32):
     for x, y in zip(got, expected, strict=True):
-        np.testing.assert_allclose(np.asarray(x, np.float64), y, rtol=0, atol=TOLERANCE[dtype] * max(0.1, np.abs(y).max()))
+        np.testing.assert_allclose(
+            np.asarray(x, np.float64), y, rtol=0, atol=TOLERANCE[dtype] * max(0.1, np.abs(y).max())
+        )
 
 
 @pytest.mark.parametrize(
@@ -146,9 +148,7 @@ def test_a_gradient_taken_on_the_devices_is_the_whole_one(small_blocks):
 
 def memory(pairs, dim, device=None):
     """Temporaries of value and gradients."""
-    shape = functools.partial(
-        jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=device and SingleDeviceSharding(device)
-    )
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=device and SingleDeviceSharding(device))
     lowered = value_and_gradients.lower(shape((pairs, dim)), shape((pairs, dim)), shape(()))
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
@@ -158,11 +158,11 @@ def test_pairs_by_pairs_is_never_held():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@needs_compiler
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
 def test_nor_on_a_tpu(topology):
-    """Two float32 gradients before they are scaled, 192 MiB, and a bfloat16 copy of one side, 48."""
-    assert memory(32_768, 768, chips.devices_of(topology)[0]) < 32_768**2 * 4 / 16
+    """Two float32 gradients before they are scaled, 192 MiB, and a bfloat16 copy of one side, 48; on v5p another 68."""
+    assert memory(32_768, 768, chips.devices_of(topology)[0]) < 32_768**2 * 4 / 12
 
 
 def test_wrong_arguments_say_so():
