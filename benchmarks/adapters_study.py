@@ -395,6 +395,11 @@ def _spread(rows: list[dict[str, Any]], field: str) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def _cell(rows: list[dict[str, Any]], field: str) -> str:
+    mean, deviation = _spread(rows, field)
+    return f"{mean:.3f} ± {deviation:.3f}" if len(rows) > 1 else f"{mean:.3f}"
+
+
 def report(
     o: Options, base: Mapping[str, Any], table: Mapping[Any, list[dict[str, Any]]], costs: Mapping[Any, dict[str, Any]]
 ) -> str:
@@ -412,16 +417,16 @@ def report(
     ]
     for task in o.tasks:
         field, what, _ = SCORES[task]
+        shown = {field: f"test {what}"} | {"nll": "test nats a token", "forgetting": "forgetting"}
         lines += [
             "", f"## {task.capitalize()}", "",
-            f"| method | trained | learning rate | {what} | test nats a token | forgetting | step s | peak MiB |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-            f"| before training | | | {base[task][field]:.3f} | {base[task]['nll']:.3f} | | | |",
+            f"| method | trained | learning rate | {' | '.join(shown.values())} | step s | peak MiB |",
+            f"| --- | ---: | ---: | {'---: | ' * len(shown)}---: | ---: |",
+            f"| before training | | | {' | '.join(f'{base[task].get(name, 0.0):.3f}' for name in shown)} | | |",
         ]  # fmt: skip
         for (of, budget, name), rows in table.items():
             if of == task:
-                spreads = [_spread(rows, name) for name in (field, "nll", "forgetting")]
-                cells = " | ".join(f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in spreads)
+                cells = " | ".join(_cell(rows, name) for name in shown)
                 seconds, peak = (costs[budget, name][f] for f in ("step_seconds", "peak"))
                 start = f"| {name} | {rows[0]['trained']:,} | {rows[0]['learning_rate']:g}"
                 lines.append(f"{start} | {cells} | {seconds:.2f} | {peak / 2**20:.0f} |")
