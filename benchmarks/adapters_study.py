@@ -464,7 +464,7 @@ def claims(o: Options, table: Mapping[Any, list[dict[str, Any]]]) -> Iterator[st
 
 
 def draw(path: Path, base: Mapping[str, Any], table: Mapping[Any, list[dict[str, Any]]]) -> None:
-    """Score against trained parameters, and against forgetting, for each task."""
+    """Score against trained parameters, and against forgetting, for each task; over float32 bases."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -472,6 +472,7 @@ def draw(path: Path, base: Mapping[str, Any], table: Mapping[Any, list[dict[str,
     figure = Figure(figsize=(11, 4.2 * len(tasks)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(tasks), 2, squeeze=False)
+    table = {of: rows for of, rows in table.items() if " over " not in of[2]}
     names = list(dict.fromkeys(name for _, _, name in table))
     for row, task in zip(axes, tasks, strict=True):
         field, what, _ = SCORES[task]
@@ -483,8 +484,8 @@ def draw(path: Path, base: Mapping[str, Any], table: Mapping[Any, list[dict[str,
             row[0].errorbar(runs[0]["trained"], score[0], score[1], label=name, **style)
             row[1].errorbar(forgetting[0], score[0], score[1], forgetting[1], **style)
             row[1].annotate(name, (forgetting[0], score[0]), textcoords="offset points", xytext=(5, 4), fontsize=8)
-        row[0].axhline(base[task][field], color="grey", linewidth=0.8, linestyle=":")
-        row[0].set(xscale="log", xlabel="trained parameters", ylabel=f"{task}: {what}")
+        before = f"{base[task][field]:.2f} before training"
+        row[0].set(xscale="log", xlabel="trained parameters", ylabel=f"{task}: {what} ({before})")
         row[1].set(xlabel="forgetting, nats a token")
         row[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
