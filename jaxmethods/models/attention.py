@@ -16,8 +16,8 @@ from jaxmethods.sharding import tokens_spec
 def attention_on(
     mesh: Mesh | None,
     q: Float[Array, "batch time heads head_dim"],
-    k: Float[Array, "batch time kv_heads head_dim"],
-    v: Float[Array, "batch time kv_heads head_dim"],
+    k: Float[Array, "batch source kv_heads head_dim"],
+    v: Float[Array, "batch source kv_heads head_dim"],
     *,
     q_positions: Array,
     kv_positions: Array,
