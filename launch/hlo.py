@@ -347,12 +347,12 @@ def _fused_traffic(program: Program, name: str) -> tuple[dict[int, int], int]:
             if operand not in user.operands:
                 continue
             if user.opcode in ("bitcast", "reshape"):
-                yield from uses(computation, user.name)
+                yield from list(uses(computation, user.name)) or [(user, operand)]  # unused: the whole is handed on
             elif user.opcode == "fusion":  # one inside of the other
                 nested = program.computations[str(user.attribute("calls"))]
                 for at in (at for at, name in enumerate(user.operands) if name == operand):
                     parameter = next(i for i in nested.values() if i.opcode == "parameter" and i.operands == (str(at),))
-                    yield from uses(nested, parameter.name)
+                    yield from list(uses(nested, parameter.name)) or [(user, operand)]
             else:
                 yield user, operand
 

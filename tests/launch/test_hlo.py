@@ -164,7 +164,7 @@ ENTRY %main (x: f32[1000]) -> f32[1000] {
 
 
 def test_traffic_of_a_slice_is_the_slice_also_in_a_fusion_inside_of_a_fusion():
-    """10 of 1000 numbers are read and written; what the fusion adds to them it reads too."""
+    """10 of 1000 numbers are read and written; what the fusion adds to them it reads too. What is handed on is read as a whole."""
     text = """HloModule step
 
 %inner (p: f32[1000], q: f32[10]) -> f32[10] {
@@ -186,6 +186,9 @@ ENTRY %main (x: f32[1000], y: f32[10]) -> f32[10] {
   WHAT
 }
 """
+    handed_on = text.replace("slice(%p), slice={[5:15]}", "bitcast(%p)").replace("ROOT %sum", "%sum")
+    handed_on = handed_on.replace("%part =", "ROOT %part =").replace("WHAT", "ROOT %o = f32[10]{0} fusion(%x, %y), calls=%outer")
+    assert hlo.memory_traffic(hlo.parse(handed_on)) > 4000
     traffic = lambda what: hlo.memory_traffic(hlo.parse(text.replace("WHAT", f"ROOT %out = f32[10]{{0}} {what}")))
     assert traffic("slice(%x), slice={[5:15]}") == 2 * 40
     assert traffic("fusion(%x, %y), kind=kLoop, calls=%outer") == traffic("fusion(%x, %y), kind=kLoop, calls=%inner") == 3 * 40
