@@ -164,10 +164,6 @@ def compile_for(topology: str, function: Callable[..., Any], shapes: tuple[Any, 
             entry = bank.bytes // int(bank.shape.split("[")[1].split(",")[0])
             rows = int(call.shape.split("[")[1].split(",")[0])
             traffic += times * (rows * entry - bank.bytes)
-        if call.opcode == "slice" and call.operands[0] in computation:
-            # Prefetched piece by piece, an array counts whole for each piece; a piece is what is read.
-            whole = hlo.size_in_bytes(computation[call.operands[0]].shape, in_main_memory=True)
-            traffic -= times * max(whole - call.bytes, 0)
     return traffic / 1e6, compiled.memory_analysis().temp_size_in_bytes / 1e6
 
 
