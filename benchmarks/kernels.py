@@ -149,20 +149,14 @@ def measure(o: Options) -> None:
 
 def compiled(work: Work, topology: str) -> dict[str, float]:
     """The TPU compiler's report, and the seconds that published rates allow: of matrix units and of HBM."""
-    import jax
-    from jax.sharding import SingleDeviceSharding
-
     from jaxmethods.launch import hlo, targets
 
-    device = targets.devices_of(topology)[0]
-    place = SingleDeviceSharding(device)
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in work.shapes]
-    program, text = targets.compile_for(jax.jit(work.run).lower(*shapes), "tpu")
+    program, text = targets.compile_on_one(topology, work.run, *work.shapes)
     # What the compiler's text says of a kernel, operands and results once, gives way to grid x blocks.
     parsed = hlo.parse(text)
     without = lambda lines: {name: i for name, i in lines.items() if "tpu_custom_call" not in i.attributes}
     outside = hlo.Program({name: without(lines) for name, lines in parsed.computations.items()}, parsed.entry)
-    moved, chip = hlo.memory_traffic(outside) + work.kernel_bytes, targets.chip_of(device)
+    moved, chip = hlo.memory_traffic(outside) + work.kernel_bytes, targets.chip_of(targets.devices_of(topology)[0])
     return {
         "temporaries": program.memory_analysis().temp_size_in_bytes, "moved": moved,
         "compute": work.flops / chip.flops, "memory": moved / chip.memory_rate,

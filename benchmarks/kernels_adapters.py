@@ -143,18 +143,9 @@ def _shape(shape: tuple[int, ...], dtype: Any = "bfloat16") -> Any:
 
 def compile_for(topology: str, function: Callable[..., Any], shapes: tuple[Any, ...]) -> tuple[float, float]:
     """(bytes of main memory, of temporaries) of one run, in MB."""
-    import jax
-    import numpy as np
-    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-
     from jaxmethods.launch import hlo, targets
 
-    mesh = Mesh(np.array(targets.devices_of(topology)[:1]), ("x",), axis_types=(AxisType.Auto,))
-    there = NamedSharding(mesh, PartitionSpec())
-    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), shapes)
-    with jax.set_mesh(mesh):  # by which a kernel is told its target
-        lowered = jax.jit(function).lower(*given)
-    compiled, text = targets.compile_for(lowered, "tpu")
+    compiled, text = targets.compile_on_one(topology, function, *shapes)
     program = hlo.parse(text)
     traffic = hlo.memory_traffic(program)
     for call, computation, times in hlo.runs(program):

@@ -13,13 +13,13 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxmethods import tree
+from jaxmethods import sharding, tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,3 +223,22 @@ def compile_for(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.stages.
         compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         largest = max(Path(folder).glob("*.after_optimizations.txt"), key=lambda file: file.stat().st_size)
         return compiled, largest.read_text()
+
+
+def compile_on_one(
+    topology: str, function: Callable[..., Any], *shapes: Any
+) -> tuple[jax.stages.Compiled, str]:
+    """`function` compiled for one device of a topology, and the program's text.
+
+    Args:
+        shapes: its arguments: arrays or ShapeDtypeStructs, in trees.
+
+    Raises:
+        ValueError, ImportError: as `devices_of` does.
+    """
+    device = devices_of(topology)[0]
+    mesh = sharding.make_mesh({"data": 1}, [device])
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh))
+    with jax.set_mesh(mesh):  # by which a kernel is told its target
+        lowered = jax.jit(function).lower(*jax.tree.map(place, shapes))
+    return compile_for(lowered, device.platform)

@@ -3,10 +3,7 @@
 import importlib.util
 from typing import NamedTuple
 
-import jax
-import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmethods.launch import hlo, targets
 
@@ -35,11 +32,5 @@ class Report(NamedTuple):
 
 def report(topology, function, *shapes):
     """`function` compiled for one device of a topology."""
-    device = targets.devices_of(topology)[0]
-    mesh = Mesh(np.array([device]), ("x",), axis_types=(AxisType.Auto,))
-    there = NamedSharding(mesh, PartitionSpec())
-    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), shapes)
-    with jax.set_mesh(mesh):  # by which a kernel is told its target
-        lowered = jax.jit(function).lower(*given)
-    compiled, text = targets.compile_for(lowered, "tpu")
+    compiled, text = targets.compile_on_one(topology, function, *shapes)
     return Report(hlo.memory_traffic(hlo.parse(text)), compiled.memory_analysis().temp_size_in_bytes, text)

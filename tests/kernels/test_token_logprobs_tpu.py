@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the findings have no public name
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmethods.kernels.token_logprobs import implementation_for, pallas_tpu, token_logprobs, token_statistics
 from jaxmethods.launch import targets
-from tests.compiler import needs_compiler
+from tests.compiler import TOPOLOGIES, needs_compiler, report
 
 TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 2e-2}
 """Of the largest value: float32 sums in another order; bfloat16 results are rounded to 8 bits."""
@@ -239,23 +239,21 @@ def test_bytes_are_grid_times_blocks():
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_compiles_at_production_size_and_holds_no_logits(topology, transposed):
     """Temporaries of values and of both gradients under an eighth of what float32 logits would take."""
     tokens, dim, vocab = 4096, 4096, 128256
-    place = SingleDeviceSharding(targets.devices_of(topology)[0])
     shapes = ((tokens, dim), (vocab, dim) if transposed else (dim, vocab))
-    arrays = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=place) for s in shapes]
-    columns = [jax.ShapeDtypeStruct((tokens,), t, sharding=place) for t in (jnp.int32, jnp.float32)]
+    arrays = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes]
+    columns = [jax.ShapeDtypeStruct((tokens,), t) for t in (jnp.int32, jnp.float32)]
     options = {"transposed": transposed, "implementation": "pallas_tpu"}
 
     def step(h, u, t, g):
         out, back = jax.vjp(lambda h, u: token_logprobs(h, u, t, **options), h, u)
         return out, back(g)
 
-    compiled = jax.jit(step).lower(*arrays, *columns).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < tokens * vocab * 4 / 8
+    assert report(topology, step, *arrays, *columns).temporaries < tokens * vocab * 4 / 8
 
 
 @needs_compiler

@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, SingleDeviceSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxmethods import kernels
 from jaxmethods.kernels.info_nce import xla
-from jaxmethods.launch import targets as chips
 from jaxmethods.losses import info_nce
-from tests.compiler import needs_compiler
+from tests.compiler import TOPOLOGIES, needs_compiler, report
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
 """Of the largest value: float32 sums in another order; bfloat16 embeddings and gradients have 8 bits."""
@@ -146,23 +145,21 @@ def test_a_gradient_taken_on_the_devices_is_the_whole_one(small_blocks):
     close(jax.jit(split)(queries, targets), by_hand(queries, targets, 0.3)[1:3])
 
 
-def memory(pairs, dim, device=None):
-    """Temporaries of value and gradients."""
-    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=device and SingleDeviceSharding(device))
-    lowered = value_and_gradients.lower(shape((pairs, dim)), shape((pairs, dim)), shape(()))
-    return lowered.compile().memory_analysis().temp_size_in_bytes
+MANY = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((32_768, 768), (32_768, 768), ()))
+"""Shapes of queries, targets and temperature."""
 
 
 def test_pairs_by_pairs_is_never_held():
-    assert memory(32_768, 768) < 32_768**2 * 4 / 20
+    compiled = value_and_gradients.lower(*MANY).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 32_768**2 * 4 / 20
 
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
-def test_nor_on_a_tpu(topology):
+@pytest.mark.parametrize(("topology", "part"), list(zip(TOPOLOGIES, (16, 12, 16), strict=True)))
+def test_nor_on_a_tpu(topology, part):
     """Two float32 gradients before they are scaled, 192 MiB, and a bfloat16 copy of one side, 48; on v5p another 68."""
-    assert memory(32_768, 768, chips.devices_of(topology)[0]) < 32_768**2 * 4 / 12
+    assert report(topology, value_and_gradients, *MANY).temporaries < 32_768**2 * 4 / part
 
 
 def test_wrong_arguments_say_so():
