@@ -3,7 +3,8 @@
     python benchmarks/kernels.py --to docs/kernels.md
 
 On the CPU every measurement is a fresh process, and implementations take turns. Where the TPU compiler is installed (pip
-install 'jaxmethods[aot]'), its report for TPUs follows: nothing is run there. An operation is one function in OPERATIONS.
+install 'jaxmethods[aot]'), its report for TPUs follows: nothing is run there. An operation is one function in OPERATIONS; those of
+adapters are compiled for TPUs only, at the sizes of Llama-3-8B's maps (their CPU times are in docs/adapters_speed.md).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Options:
     only: str = ""
     """Only operations that begin with this."""
     to: str | None = None
-    """Write the tables to this file too."""
+    """Write the tables into this file, below its line `<!-- tables -->`."""
     child: str | None = None
     """(Of the script itself: what this process measures.)"""
 
@@ -50,8 +51,9 @@ class Work:
 
     run: Callable[..., Any]
     shapes: tuple[Any, ...]
-    flops: float
-    """Of its matrix products."""
+    """Arrays' shapes, in trees."""
+    flops: float | None = None
+    """Of its matrix products; None where they are not what matters."""
     kernel_bytes: float = 0.0
     """What Pallas kernels read and write, which the compiler does not tell."""
 
@@ -62,7 +64,8 @@ class Operation:
 
     make: Callable[..., Work]
     steps: tuple[str, ...]
-    cpu: Mapping[str, Any]
+    cpu: Mapping[str, Any] | None
+    """Sizes; None: not measured there."""
     tpu: Mapping[str, Any]
     on_cpu: tuple[str, ...] = ("reference", "xla")
     on_tpu: tuple[str, ...] = ("reference", "xla")
@@ -105,6 +108,90 @@ def info_nce(implementation: str, step: str, *, pairs: int, dim: int) -> Work:
     return Work(run, (rows, rows, column, column), 2.0 * pairs * pairs * dim * products)
 
 
+def expand(implementation: str, step: str, *, tokens: int, channels: int, d_out: int) -> Work:
+    """The backward pass of an adapter's last product, with a bias."""
+    import jax
+
+    from jaxmethods.kernels.expand import expand as op
+    from jaxmethods.kernels.expand import pallas_tpu
+
+    def run(state: Any, kernel: Any, bias: Any, g: Any) -> Any:
+        return jax.vjp(functools.partial(op, implementation=implementation), state, kernel, bias)[1](g)
+
+    shapes = (
+        jax.ShapeDtypeStruct((channels, tokens), "bfloat16"), jax.ShapeDtypeStruct((channels, d_out), "float32"),
+        jax.ShapeDtypeStruct((d_out,), "float32"), jax.ShapeDtypeStruct((tokens, d_out), "bfloat16"),
+    )  # fmt: skip
+    moved = pallas_tpu.hbm_bytes(channels, channels + 1, tokens, d_out, "bfloat16")
+    flops = 2.0 * tokens * d_out * (2 * channels + 1)
+    return Work(run, shapes, flops, moved if implementation == "pallas_tpu" else 0)
+
+
+def smore(implementation: str, step: str, *, tokens: int, d_in: int, d_out: int) -> Work:
+    """S'MoRE of one map, s (4, 4), f (2, 2), r (8, 16): d_L = 96."""
+    import jax
+
+    from jaxmethods.adapters import SMoRE
+    from jaxmethods.adapters import smore as op
+    from jaxmethods.kernels.expand import pallas_tpu
+
+    spec = SMoRE(experts=(4, 4), fanout=(2, 2), ranks=(8, 16))
+
+    def run(params: Any, x: Any, g: Any) -> Any:
+        value, back = jax.vjp(lambda p, x: op.apply(p, x, spec, implementation=implementation), params, x)
+        return value, back((g, jax.numpy.ones((), "float32")))
+
+    params = jax.eval_shape(lambda: op.init(jax.random.key(0), d_in, d_out, spec))
+    x, g = (jax.ShapeDtypeStruct((tokens, width), "bfloat16") for width in (d_in, d_out))
+    moved = pallas_tpu.hbm_bytes(96, 97, tokens, d_out, "bfloat16") if implementation == "pallas_tpu" else 0
+    return Work(run, (params, x, g), kernel_bytes=moved)
+
+
+def channels(implementation: str, step: str, *, tokens: int, d_in: int, chosen: int, d_out: int) -> Work:
+    """S²FT's product with chosen channels of a down projection's input."""
+    import jax
+
+    from jaxmethods.kernels.channels import take_channels
+    from jaxmethods.kernels.linear import linear
+
+    def value(x: Any, delta: Any, indices: Any) -> Any:
+        return linear(take_channels(x, indices, implementation=implementation), delta.astype(x.dtype))
+
+    def both(x: Any, delta: Any, indices: Any, g: Any) -> Any:
+        found, back = jax.vjp(lambda x, delta: value(x, delta, indices), x, delta)
+        return found, back(g)
+
+    shapes = (
+        jax.ShapeDtypeStruct((tokens, d_in), "bfloat16"), jax.ShapeDtypeStruct((chosen, d_out), "float32"),
+        jax.ShapeDtypeStruct((chosen,), "int32"), jax.ShapeDtypeStruct((tokens, d_out), "bfloat16"),
+    )  # fmt: skip
+    own = d_out + (d_in if implementation == "product" else 0)
+    if step == "values":
+        return Work(value, shapes[:3], 2.0 * tokens * chosen * own)
+    return Work(both, shapes, 2.0 * tokens * chosen * (own + d_out + own))
+
+
+def banked(
+    implementation: str, step: str, *, rows: int, adapters: int, d_in: int, d_out: int, transposed: bool = False
+) -> Work:
+    """One token in each row, each row by an adapter of its own."""
+    import jax
+
+    from jaxmethods.kernels.banked import banked_linear, pallas_tpu
+
+    run = functools.partial(banked_linear, transposed=transposed, implementation=implementation)
+    entry = (d_out, d_in) if transposed else (d_in, d_out)
+    shapes = (
+        jax.ShapeDtypeStruct((rows, 1, d_in), "bfloat16"), jax.ShapeDtypeStruct((adapters, *entry), "float32"),
+        jax.ShapeDtypeStruct((rows,), "int32"),
+    )  # fmt: skip
+    dtypes = jax.numpy.bfloat16, jax.numpy.float32
+    block = pallas_tpu.tile(1, d_in, d_out, *dtypes)
+    moved = pallas_tpu.hbm_bytes(range(rows), 1, d_in, d_out, block, *dtypes)
+    return Work(run, shapes, 2.0 * rows * d_in * d_out, moved if implementation == "pallas_tpu" else 0)
+
+
+_KERNEL = ("xla", "pallas_tpu")
 _TOKENS = dict(tokens=4096, dim=4096, vocab=128256, dtype="bfloat16")
 OPERATIONS = {
     "token_logprobs": Operation(
@@ -117,6 +204,31 @@ OPERATIONS = {
         on_tpu=("reference", "xla", "pallas_tpu"),
     ),
     "info_nce": Operation(info_nce, ("values", "and all gradients"), cpu=dict(pairs=4096, dim=768), tpu=dict(pairs=32768, dim=768)),
+    **{
+        f"expand, {inner} to {d_out}": Operation(
+            expand, ("backward",), cpu=None, tpu=dict(tokens=4096, channels=inner, d_out=d_out), on_tpu=_KERNEL,
+        )
+        for inner, d_out in ((96, 4096), (96, 14336), (430, 4096))
+    },
+    **{
+        f"S'MoRE, 4096 to {d_out}": Operation(
+            smore, ("values and all gradients",), cpu=None, tpu=dict(tokens=4096, d_in=4096, d_out=d_out), on_tpu=_KERNEL,
+        )
+        for d_out in (4096, 14336)
+    },
+    "channels": Operation(
+        channels, ("values", "and all gradients"), cpu=None, tpu=dict(tokens=4096, d_in=14336, chosen=430, d_out=4096),
+        on_tpu=("gather", "product"),
+    ),
+    "banked_linear, S²FT": Operation(
+        banked, ("values",), cpu=None, tpu=dict(rows=32, adapters=256, d_in=432, d_out=4096), on_tpu=_KERNEL
+    ),
+    "banked_linear, LoRA's a": Operation(
+        banked, ("values",), cpu=None, tpu=dict(rows=32, adapters=256, d_in=4096, d_out=16, transposed=True), on_tpu=_KERNEL
+    ),
+    "banked_linear, LoRA's b": Operation(
+        banked, ("values",), cpu=None, tpu=dict(rows=32, adapters=256, d_in=16, d_out=4096), on_tpu=_KERNEL
+    ),
 }  # fmt: skip
 
 
@@ -159,8 +271,11 @@ def compiled(work: Work, topology: str) -> dict[str, float]:
     moved, chip = hlo.memory_traffic(outside) + work.kernel_bytes, targets.chip_of(targets.devices_of(topology)[0])
     return {
         "temporaries": program.memory_analysis().temp_size_in_bytes, "moved": moved,
-        "compute": work.flops / chip.flops, "memory": moved / chip.memory_rate,
+        "compute": None if work.flops is None else work.flops / chip.flops, "memory": moved / chip.memory_rate,
     }  # fmt: skip
+
+
+MARK = "<!-- tables -->"
 
 
 def main(o: Options) -> None:
@@ -173,6 +288,8 @@ def main(o: Options) -> None:
     for turn in range(o.rounds):
         for where in targets if turn == 0 else ("cpu",):
             for name, operation in chosen.items():
+                if where == "cpu" and operation.cpu is None:
+                    continue
                 for step in operation.steps:
                     for implementation in operation.on_cpu if where == "cpu" else operation.on_tpu:
                         case = f"{where}|{name}|{implementation}|{step}"
@@ -183,7 +300,8 @@ def main(o: Options) -> None:
     text = table(o, chosen, results)
     print(text)
     if o.to:
-        Path(o.to).write_text(text + "\n")
+        head = Path(o.to).read_text().split(MARK)[0] if Path(o.to).exists() else ""
+        Path(o.to).write_text(f"{head}{MARK}\n\n{text}\n")
 
 
 def table(o: Options, chosen: Mapping[str, Operation], results: dict[str, list[dict[str, float]]]) -> str:
@@ -193,19 +311,21 @@ def table(o: Options, chosen: Mapping[str, Operation], results: dict[str, list[d
     fastest = lambda case: min(found["seconds"] for found in results[case])
     size_of = lambda size: ", ".join(f"{name} {value}" for name, value in size.items())
     lines = [
-        "# What kernels cost",
+        "# Tables",
         "",
         f"`python benchmarks/kernels.py`, {date.today()}, {processes.cpu()}, {o.threads} threads, jax {version('jax')}; "
         f"medians of {o.rounds} processes of {o.repeats} runs. The reference holds everything; ratios are of times, in brackets "
         "of the fastest processes. Temporaries are the compiler's report.",
     ]
     for name, operation in chosen.items():
-        lines += ["", f"## {name}", "", f"CPU: {size_of(operation.cpu)}.", ""]
-        lines += [
-            "| step | form | ms | of the reference | temporaries MiB | memory grown MiB |",
-            "| --- | --- | ---: | ---: | ---: | ---: |",
-        ]
-        for step in operation.steps:
+        lines += ["", f"## {name}"]
+        if operation.cpu is not None:
+            lines += [
+                "", f"CPU: {size_of(operation.cpu)}.", "",
+                "| step | form | ms | of the reference | temporaries MiB | memory grown MiB |",
+                "| --- | --- | ---: | ---: | ---: | ---: |",
+            ]  # fmt: skip
+        for step in operation.steps if operation.cpu is not None else ():
             base = f"cpu|{name}|{operation.on_cpu[0]}|{step}"
             for form in operation.on_cpu:
                 case = f"cpu|{name}|{form}|{step}"
@@ -223,8 +343,9 @@ def table(o: Options, chosen: Mapping[str, Operation], results: dict[str, list[d
                 for form in operation.on_tpu:
                     if found := results.get(f"{topology}|{name}|{form}|{step}"):
                         r = found[0]
-                        memory = f"{r['temporaries'] / 2**20:.0f} | {r['moved'] / 1e9:.1f}"
-                        times = f"{1e3 * r['compute']:.1f} | {1e3 * r['memory']:.1f}"
+                        memory = f"{r['temporaries'] / 2**20:.0f} | {r['moved'] / 1e9:.3f}"
+                        compute = "" if r["compute"] is None else f"{1e3 * r['compute']:.2f}"
+                        times = f"{compute} | {1e3 * r['memory']:.2f}"
                         lines.append(f"| {topology.split(':')[0]} | {step} | {form} | {memory} | {times} |")
     return "\n".join(lines)
 

@@ -18,7 +18,7 @@ from jaxmethods.kernels.manual_axes import vary, varying_axes
 
 IMPLEMENTATIONS = {"xla": xla.cotangents, "pallas_tpu": one_tpu.compiled_or_interpreted(pallas_tpu.cotangents)}
 LARGE = 64 << 20
-"""Bytes of a cotangent that XLA no longer keeps on the chip between two products (docs/kernels_adapters.md)."""
+"""Bytes of a cotangent that XLA no longer keeps on the chip between two products (docs/kernels.md)."""
 
 
 def expand(
