@@ -225,9 +225,7 @@ def compile_for(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.stages.
         return compiled, largest.read_text()
 
 
-def compile_on_one(
-    topology: str, function: Callable[..., Any], *shapes: Any
-) -> tuple[jax.stages.Compiled, str]:
+def compile_on_one(topology: str, function: Callable[..., Any], *shapes: Any) -> tuple[jax.stages.Compiled, str]:
     """`function` compiled for one device of a topology, and the program's text.
 
     Args:
