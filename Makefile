@@ -17,7 +17,7 @@ quickstart: $(VENV)/.demo assets
 	@echo "go on with it    $(BIN)/jaxmethods train configs/quickstart.py --steps 200 --workdir runs/longer"
 
 test: $(VENV)/.test assets
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -54,8 +54,6 @@ class Work:
     """Arrays' shapes, in trees."""
     flops: float | None = None
     """Of its matrix products; None where they are not what matters."""
-    kernel_bytes: float = 0.0
-    """What Pallas kernels read and write, which the compiler does not tell."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +75,6 @@ def token_logprobs(
     import jax
 
     from jaxmethods.kernels import token_logprobs as op
-    from jaxmethods.kernels.token_logprobs import pallas_tpu
 
     f = functools.partial(op, transposed=transposed, implementation=implementation)
     run = {
@@ -88,11 +85,8 @@ def token_logprobs(
     hidden = jax.ShapeDtypeStruct((tokens, dim), dtype)
     unembedding = jax.ShapeDtypeStruct((vocab, dim) if transposed else (dim, vocab), dtype)
     products = {"values": 1, "and d hidden": 2, "and both": 3 if implementation == "reference" else 4}[step]
-    kernels = {"values": ["values"], "and d hidden": ["direction"], "and both": ["direction", "unembedding"]}[step]
-    sizes = functools.partial(pallas_tpu.hbm_bytes, hidden, unembedding, transposed=transposed)
-    moved = sum(sizes(kernel=kernel) for kernel in kernels) if implementation == "pallas_tpu" else 0
     shapes = hidden, unembedding, jax.ShapeDtypeStruct((tokens,), "int32")
-    return Work(run, shapes, 2.0 * tokens * dim * vocab * products, moved)
+    return Work(run, shapes, 2.0 * tokens * dim * vocab * products)
 
 
 def info_nce(implementation: str, step: str, *, pairs: int, dim: int) -> Work:
@@ -113,7 +107,6 @@ def expand(implementation: str, step: str, *, tokens: int, channels: int, d_out:
     import jax
 
     from jaxmethods.kernels.expand import expand as op
-    from jaxmethods.kernels.expand import pallas_tpu
 
     def run(state: Any, kernel: Any, bias: Any, g: Any) -> Any:
         return jax.vjp(functools.partial(op, implementation=implementation), state, kernel, bias)[1](g)
@@ -122,9 +115,7 @@ def expand(implementation: str, step: str, *, tokens: int, channels: int, d_out:
         jax.ShapeDtypeStruct((channels, tokens), "bfloat16"), jax.ShapeDtypeStruct((channels, d_out), "float32"),
         jax.ShapeDtypeStruct((d_out,), "float32"), jax.ShapeDtypeStruct((tokens, d_out), "bfloat16"),
     )  # fmt: skip
-    moved = pallas_tpu.hbm_bytes(channels, channels + 1, tokens, d_out, "bfloat16")
-    flops = 2.0 * tokens * d_out * (2 * channels + 1)
-    return Work(run, shapes, flops, moved if implementation == "pallas_tpu" else 0)
+    return Work(run, shapes, 2.0 * tokens * d_out * (2 * channels + 1))
 
 
 def smore(implementation: str, step: str, *, tokens: int, d_in: int, d_out: int) -> Work:
@@ -133,7 +124,6 @@ def smore(implementation: str, step: str, *, tokens: int, d_in: int, d_out: int)
 
     from jaxmethods.adapters import SMoRE
     from jaxmethods.adapters import smore as op
-    from jaxmethods.kernels.expand import pallas_tpu
 
     spec = SMoRE(experts=(4, 4), fanout=(2, 2), ranks=(8, 16))
 
@@ -143,8 +133,7 @@ def smore(implementation: str, step: str, *, tokens: int, d_in: int, d_out: int)
 
     params = jax.eval_shape(lambda: op.init(jax.random.key(0), d_in, d_out, spec))
     x, g = (jax.ShapeDtypeStruct((tokens, width), "bfloat16") for width in (d_in, d_out))
-    moved = pallas_tpu.hbm_bytes(96, 97, tokens, d_out, "bfloat16") if implementation == "pallas_tpu" else 0
-    return Work(run, (params, x, g), kernel_bytes=moved)
+    return Work(run, (params, x, g))
 
 
 def channels(implementation: str, step: str, *, tokens: int, d_in: int, chosen: int, d_out: int) -> Work:
@@ -177,7 +166,7 @@ def banked(
     """One token in each row, each row by an adapter of its own."""
     import jax
 
-    from jaxmethods.kernels.banked import banked_linear, pallas_tpu
+    from jaxmethods.kernels.banked import banked_linear
 
     run = functools.partial(banked_linear, transposed=transposed, implementation=implementation)
     entry = (d_out, d_in) if transposed else (d_in, d_out)
@@ -185,10 +174,7 @@ def banked(
         jax.ShapeDtypeStruct((rows, 1, d_in), "bfloat16"), jax.ShapeDtypeStruct((adapters, *entry), "float32"),
         jax.ShapeDtypeStruct((rows,), "int32"),
     )  # fmt: skip
-    dtypes = jax.numpy.bfloat16, jax.numpy.float32
-    block = pallas_tpu.tile(1, d_in, d_out, *dtypes)
-    moved = pallas_tpu.hbm_bytes(range(rows), 1, d_in, d_out, block, *dtypes)
-    return Work(run, shapes, 2.0 * rows * d_in * d_out, moved if implementation == "pallas_tpu" else 0)
+    return Work(run, shapes, 2.0 * rows * d_in * d_out)
 
 
 _KERNEL = ("xla", "pallas_tpu")
@@ -261,14 +247,14 @@ def measure(o: Options) -> None:
 
 def compiled(work: Work, topology: str) -> dict[str, float]:
     """The TPU compiler's report, and the seconds that published rates allow: of matrix units and of HBM."""
-    from jaxmethods.launch import hlo, targets
+    from jaxmethods.launch import cost, hlo, targets
 
     program, text = targets.compile_on_one(topology, work.run, *work.shapes)
-    # What the compiler's text says of a kernel, operands and results once, gives way to grid x blocks.
-    parsed = hlo.parse(text)
-    without = lambda lines: {name: i for name, i in lines.items() if "tpu_custom_call" not in i.attributes}
-    outside = hlo.Program({name: without(lines) for name, lines in parsed.computations.items()}, parsed.entry)
-    moved, chip = hlo.memory_traffic(outside) + work.kernel_bytes, targets.chip_of(targets.devices_of(topology)[0])
+    kernels = cost.count(work.run, *work.shapes).kernel_bytes
+    moved, chip = (
+        hlo.memory_traffic(hlo.parse(text), kernels=False) + kernels,
+        targets.chip_of(targets.devices_of(topology)[0]),
+    )
     return {
         "temporaries": program.memory_analysis().temp_size_in_bytes, "moved": moved,
         "compute": None if work.flops is None else work.flops / chip.flops, "memory": moved / chip.memory_rate,

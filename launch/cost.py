@@ -20,14 +20,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun, jaxprs_in_params
 
 
 @dataclass(frozen=True)
 class Cost:
     """Operations of one call, over all devices that take part in it.
 
-    `flops` is the sum of `by_primitive` (largest first). `unknown_loops` names the loops whose number of
+    `flops` is the sum of `by_primitive` (largest first). `kernel_bytes` are what Pallas kernels read from and write to
+    main memory. `unknown_loops` names the loops whose number of
     trips the program alone does not tell; each is counted as one trip, so `flops` is then a lower bound.
     `uncounted` names the primitives that do arithmetic for which there is no rule here (an
     eigendecomposition, a foreign kernel); each is counted as zero, or as one run of the function inside.
@@ -35,6 +36,7 @@ class Cost:
 
     flops: float
     by_primitive: dict[str, float]
+    kernel_bytes: float = 0.0
     unknown_loops: tuple[str, ...] = ()
     uncounted: tuple[str, ...] = ()
 
@@ -56,7 +58,9 @@ def count(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
     gather, collectives that do not add) is free. The body of a scan counts times its length, of a while loop
     times its trips where start, bound and stride are constants, of `shard_map` times the devices of its
     manual axes, of a Pallas kernel times its grid. A `cond` counts as its costliest branch, so a kernel that
-    skips blocks (a causal mask) is counted as if it skipped none. Equations whose results nobody uses are not
+    skips blocks (a causal mask) is counted as if it skipped none. A kernel's block is moved when its place in the
+    array is another than in the grid's step before, padded to whole tiles; where data decide the place, in every step;
+    what a kernel copies itself is not counted. Equations whose results nobody uses are not
     counted: the compiler drops them too.
 
     What is rematerialised is counted again, because it is computed again. For model FLOPs in the sense of
@@ -69,6 +73,7 @@ def count(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
     return Cost(
         flops=float(sum(tally.operations.values())),
         by_primitive={name: float(n) for name, n in tally.operations.most_common() if n},
+        kernel_bytes=float(tally.kernel_bytes),
         unknown_loops=tuple(tally.unknown_loops),
         uncounted=tuple(sorted(tally.uncounted)),
     )
@@ -77,12 +82,14 @@ def count(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
 @dataclass
 class _Tally:
     operations: Counter[str] = field(default_factory=Counter)
+    kernel_bytes: int = 0
     unknown_loops: list[str] = field(default_factory=list)
     uncounted: set[str] = field(default_factory=set)
 
     def add(self, other: _Tally, times: int = 1) -> None:
         for name, n in other.operations.items():
             self.operations[name] += n * times
+        self.kernel_bytes += other.kernel_bytes * times
         self.unknown_loops += other.unknown_loops
         self.uncounted |= other.uncounted
 
@@ -138,7 +145,9 @@ def _equation(eqn: JaxprEqn, values: list[int | None], path: str) -> _Tally:
         inner = f"{path}pallas_call{list(grid)}/" if _is_static(grid) else f"{path}pallas_call/"
         body = _tally(params["jaxpr"], [None] * len(_open(params["jaxpr"]).invars), inner)
         tally.add(body, math.prod(int(size) for size in grid if isinstance(size, int | np.integer)))
-        if not _is_static(grid):
+        if _is_static(grid):
+            tally.kernel_bytes += _kernel_bytes(params["grid_mapping"])
+        else:
             tally.unknown_loops.append(f"{path}pallas_call: the grid depends on data")
     elif name == "custom_linear_solve":  # its other functions serve transposition
         solve = params["jaxprs"].solve
@@ -251,6 +260,38 @@ def _padded(values: list[int | None], length: int) -> list[int | None]:
 
 def _is_static(grid: Sequence[Any]) -> bool:
     return all(isinstance(size, int | np.integer) for size in grid)
+
+
+def _kernel_bytes(mapping: Any) -> int:
+    """What one call of a Pallas kernel moves: each block as often as its place changes along the grid."""
+    steps = np.indices(mapping.grid, np.int32).reshape(len(mapping.grid), -1)
+    total = 0
+    for block in mapping.block_mappings:
+        ref = block.transformed_block_aval
+        if str(ref.memory_space) in ("any", "hbm", "smem"):
+            continue
+        *outer, last = ref.shape if ref.shape else (1,)
+        size = ref.dtype.itemsize
+        if outer:  # few rows are kept as few, in a power of two
+            outer[-1] = _up(outer[-1], min(32 // size, 1 << (outer[-1] - 1).bit_length()))
+        total += math.prod(outer) * _up(last, 128) * size * _moves(block.index_map_jaxpr, steps)
+    return total
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _moves(index_map: Any, steps: np.ndarray) -> int:
+    """How often the place of a block changes in these steps of a grid, the first time included."""
+    jaxpr = index_map.jaxpr
+    of_data = jaxpr.invars[len(steps) :]
+    if any(v in of_data for eqn in jaxpr.eqns for v in eqn.invars if isinstance(v, Var)):
+        return steps.shape[1]
+    place = lambda *step: jaxpr_as_fun(index_map)(*step, *of_data)  # the data stand there unread
+    with jax.ensure_compile_time_eval():
+        places = np.stack(jax.vmap(place)(*steps))
+    return 1 + int((places[:, 1:] != places[:, :-1]).any(0).sum())
 
 
 # Rules: operations of one equation. All are exact integers.
@@ -393,7 +434,7 @@ _GROUPS: dict[Callable[[JaxprEqn], int], str] = {
         lu_pivots_to_permutation masked_load masked_swap mesh_cast multiple_of name num_programs
         optimization_barrier pad pbroadcast pcast ppermute program_id pure_callback pvary random_unwrap
         random_wrap ragged_all_to_all repeat reshape reshard rev roll scatter semaphore_read semaphore_signal
-        semaphore_wait sharding_constraint slice split squeeze stop_gradient store swap tie transpose
+        semaphore_wait sharding_constraint slice split squeeze stop_gradient store swap tie tile transpose
         unreduced_psum unvary
     """,
 }

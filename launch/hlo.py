@@ -287,7 +287,12 @@ def _over_axes(order: np.ndarray, sizes: dict[str, int], named: str) -> tuple[tu
 def _iota(dims: str, permutation: str | None) -> np.ndarray:
     """0, 1, 2, ... in an array of these sizes, its axes permuted, read row by row."""
     sizes = _integers(dims)
-    return np.arange(math.prod(sizes)).reshape(sizes).transpose(_integers(permutation) if permutation else None).reshape(-1)
+    return (
+        np.arange(math.prod(sizes))
+        .reshape(sizes)
+        .transpose(_integers(permutation) if permutation else None)
+        .reshape(-1)
+    )
 
 
 def _integers(text: str) -> list[int]:
@@ -298,14 +303,19 @@ def _tuples(groups: np.ndarray) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(group) for group in groups.tolist())
 
 
-def memory_traffic(program: Program) -> int:
+def memory_traffic(program: Program, *, kernels: bool = True) -> int:
     """Bytes that one run reads from and writes to main memory, if each operation reads its operands and writes its result.
 
     Of an operand that an operation only slices, the slice is counted; of an array that it updates in place, the update. What
-    the compiler holds on the chip is not counted.
+    the compiler holds on the chip is not counted. Of a Pallas kernel the text tells no more than that; without `kernels` they
+    are left out, for `cost.count` to say what their grids move.
     """
     fused = functools.cache(functools.partial(_fused_traffic, program))
-    return sum(times * _traffic(i, computation, fused) for i, computation, times in runs(program))
+    counted = ((i, c, times) for i, c, times in runs(program) if kernels or _PALLAS not in i.attributes)
+    return sum(times * _traffic(i, computation, fused) for i, computation, times in counted)
+
+
+_PALLAS = 'custom_call_target="tpu_custom_call"'
 
 
 _FREE = """

@@ -72,28 +72,46 @@ def plan(run: Run, topology: str | None = None) -> dict[str, Any]:
 
 
 def search(run: Run, topology: str) -> list[dict[str, Any]]:
-    """The run on every arrangement of a topology's devices, with micro-batches of several sizes; the best first.
+    """The run on arrangements of a topology's devices, with micro-batches of several sizes; the best first (see `arrangements`).
 
     Those that fit come first, by `step_seconds_roofline`; then the others, by the bytes they need. Each is compiled, which takes
     a minute or so for a large model.
+
+    Raises:
+        ValueError: no arrangement gives each device as many rows as another.
     """
     devices = targets.devices_of(topology)
-    found = []
-    for tensor in (1, 2, 4, 8):
-        for accumulate in (1, 2, 4):
-            fsdp = len(devices) // tensor
-            if len(devices) % tensor or run.batch_size % (fsdp * accumulate):
-                continue
-            mesh = {"mesh": Mesh(1, fsdp, tensor), "accumulate": accumulate}
-            found.append(_tried(run, mesh, devices))
+    found = [_tried(run, change, devices) for change in arrangements(run, len(devices))]
     if not found:
         raise ValueError(
             f"batch_size={run.batch_size} is no multiple of {topology}'s {len(devices)} devices, or of a half, a quarter or "
             f"an eighth of them; try batch_size={len(devices)}."
         )
+    return ranked(found)
+
+
+def ranked(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What fits, the fastest first; then what does not, by the bytes it needs."""
     return sorted(
         found, key=lambda one: (not one["fits"], one["step_seconds_roofline"] or one["bytes_per_device"]["total"])
     )
+
+
+def arrangements(run: Run, devices: int) -> list[dict[str, Any]]:
+    """What `search` tries: {"mesh": Mesh, "accumulate": n}.
+
+    All devices share the parameters, or `data` holds 2, 4 or 8 copies of them (less to gather: on a torus of three axes much
+    less); or `tensor` splits layers, or `sequence` rows, over 2, 4 or 8. Micro-batches are cut into 1, 2 and 4 where neither
+    `data` nor `sequence` is used: what these are for, fewer bytes sent and fewer rows a device, cutting undoes.
+    """
+    meshes = [Mesh(1, devices // tensor, tensor) for tensor in (1, 2, 4, 8) if devices % tensor == 0]
+    plain = [{"mesh": mesh, "accumulate": parts} for mesh in meshes for parts in (1, 2, 4)]
+    sizes = [size for size in (2, 4, 8) if devices % size == 0]
+    copies = [Mesh(size, devices // size) for size in sizes if size < devices]
+    splits = [Mesh(1, devices // size, 1, size) for size in sizes if run.data.sequence_length % (128 * size) == 0]
+    changes = plain + [{"mesh": mesh, "accumulate": 1} for mesh in (*copies, *splits)]
+    rows = lambda change: change["mesh"].data * change["mesh"].fsdp * change["accumulate"]
+    return [change for change in changes if run.batch_size % rows(change) == 0]
 
 
 def choices(run: Run, mesh: Any) -> list[dict[str, Any]]:
@@ -130,8 +148,11 @@ def _assembled(run: Run, devices: Sequence[Any]) -> Assembly:
 
 def _examined(assembly: Assembly, devices: Sequence[Any], *, compiles: bool) -> dict[str, Any]:
     """What a step costs: counted from the program and, where it compiles, read from what the compiler made of it."""
-    counted = cost.count(assembly.step, assembly.state, assembly.frozen, assembly.batch())
-    compiled = _compiled(assembly, devices) if compiles else _NOT_COMPILED
+    with jax.set_mesh(assembly.mesh):  # by which a kernel outside of `shard_map`, on one device, is told its target
+        counted = cost.count(assembly.step, assembly.state, assembly.frozen, assembly.batch())
+        compiled = _compiled(assembly, devices) if compiles else _NOT_COMPILED
+    if compiled["memory_traffic_per_device"] is not None:
+        compiled["memory_traffic_per_device"] += round(counted.kernel_bytes / len(devices))
     flops = {
         "flops_per_step": counted.flops, "flops_per_device": counted.flops / len(devices),
         "counted_once": list(counted.unknown_loops),
@@ -145,12 +166,11 @@ _NOT_COMPILED: dict[str, Any] = {
 
 
 def _compiled(assembly: Assembly, devices: Sequence[Any]) -> dict[str, Any]:
-    """What the compiler says of the step."""
+    """What the compiler says of the step; the memory traffic is without that of Pallas kernels."""
     chip = targets.chip_of(devices[0])
     limit = None if chip is None or chip.memory is None else int(chip.memory)
     start = time.perf_counter()
-    with jax.set_mesh(assembly.mesh):  # by which a kernel outside of `shard_map`, on one device, is told its target
-        lowered = assembly.step.lower(assembly.state, assembly.frozen, assembly.batch())
+    lowered = assembly.step.lower(assembly.state, assembly.frozen, assembly.batch())
     try:
         compiled, text = targets.compile_for(lowered, devices[0].platform)
     except jax.errors.JaxRuntimeError as error:
@@ -176,12 +196,14 @@ def _compiled(assembly: Assembly, devices: Sequence[Any]) -> dict[str, Any]:
         kind = kinds.setdefault(collective.kind, {"count": 0, "bytes_sent": 0.0, "seconds": 0.0})
         kind["count"] += collective.times
         kind["bytes_sent"] += collective.sent
-        kind["seconds"] += 0.0 if chip is None or not chip.link_rate else collective.sent / _rate(chip, collective, nodes)
+        kind["seconds"] += (
+            0.0 if chip is None or not chip.link_rate else collective.sent / _rate(chip, collective, nodes)
+        )
     return {
         "bytes_per_device": memory | {"limit": limit},
         "fits": None if limit is None else memory["total"] <= limit,
         "collectives": kinds,
-        "memory_traffic_per_device": hlo.memory_traffic(program),
+        "memory_traffic_per_device": hlo.memory_traffic(program, kernels=False),
         "compile_seconds": round(time.perf_counter() - start, 2),
     }
 
@@ -278,7 +300,9 @@ def draw(found: dict[str, Any] | list[dict[str, Any]], path: str | os.PathLike[s
         every = {"as given": found} | {_words(one["change"]): one for one in found.get("alternatives", ())}
     needed = [one["bytes_per_device"] for one in every.values()]
     if needed[0] is None:
-        raise ValueError("--picture shows a compiled step, and this one was not compiled; name a target: --topology v5p:4x4x4")
+        raise ValueError(
+            "--picture shows a compiled step, and this one was not compiled; name a target: --topology v5p:4x4x4"
+        )
     plot.draw_memory({name: parts(one) for name, one in every.items()}, path, limit=needed[0]["limit"], title=title)
 
 

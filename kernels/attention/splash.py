@@ -25,7 +25,13 @@ def supports(tokens: int, shards: int = 1) -> bool:
 
 
 def kernel(
-    heads: int, tokens: int, *, window: int | Array | None, softcap: float | None, shards: int = 1, interpret: bool = False
+    heads: int,
+    tokens: int,
+    *,
+    window: int | Array | None,
+    softcap: float | None,
+    shards: int = 1,
+    interpret: bool = False,
 ) -> Any:
     """The library's kernel for `heads` query heads: a pytree.
 

@@ -115,7 +115,14 @@ _BETTER, _BETTER_TRANSPOSED = r"TPU v[56]", r"TPU (v5p?$|v6)"
 
 
 def _statistics(
-    hidden: Any, unembedding: Any, targets: Any, *, where: Any, transposed: bool, implementation: str | None, **options: Any
+    hidden: Any,
+    unembedding: Any,
+    targets: Any,
+    *,
+    where: Any,
+    transposed: bool,
+    implementation: str | None,
+    **options: Any,
 ) -> TokenStatistics:
     dim = unembedding.shape[1 if transposed else 0]
     if hidden.shape[1] != dim:

@@ -209,7 +209,9 @@ def _softmax(settings: Settings, blocks: _Blocks, unembedding: Array, with_pull:
 
     zeros = jnp.zeros(blocks.targets.shape, jnp.float32)
     pull = jnp.zeros(blocks.hidden.shape, jnp.float32) if with_pull else None
-    state = vary(_Softmax(zeros + LOW, zeros, zeros, zeros if settings.everything else None, pull), varying_axes(unembedding))
+    state = vary(
+        _Softmax(zeros + LOW, zeros, zeros, zeros if settings.everything else None, pull), varying_axes(unembedding)
+    )
 
     def vocabulary(start: Any, weights: Array, state: _Softmax) -> _Softmax:
         return _over_tokens(blocks, functools.partial(step, start, weights), state)

@@ -574,7 +574,9 @@ def test_a_bfloat16_token_is_compressed_by_one_product():
     params, x = random_params(spec), tokens(40).astype(jnp.bfloat16)
     compress = lambda params, x: (jnp.concatenate((got := compression.compress(params, x, spec))[0]), got[1])
     (own, token), back = jax.vjp(compress, params, x)
-    a, down = ({n: np.float64(leaf) for n, leaf in p.items()} for p in (params["experts"]["a"], params["router"]["down"]))
+    a, down = (
+        {n: np.float64(leaf) for n, leaf in p.items()} for p in (params["experts"]["a"], params["router"]["down"])
+    )
     wide = np.float64(x)
     near = lambda got, want, bits: np.testing.assert_allclose(
         np.float64(got), want, rtol=2.0**-bits, atol=2.0**-bits * np.abs(want).max()
@@ -587,7 +589,9 @@ def test_a_bfloat16_token_is_compressed_by_one_product():
     of_token = jnp.asarray(rng.normal(size=token.shape), jnp.float32)
     d_params, d_x = back((of_own, of_token))
     near(d_x, (a["kernel"] @ np.float64(of_own) + down["kernel"] @ np.float64(of_token)).T, 6)
-    near(d_params["experts"]["a"]["kernel"], wide.T @ np.float64(of_own).T, 20)  # products of bfloat16, summed in float32
+    near(
+        d_params["experts"]["a"]["kernel"], wide.T @ np.float64(of_own).T, 20
+    )  # products of bfloat16, summed in float32
     near(d_params["router"]["down"]["kernel"], wide.T @ np.float64(of_token).T, 14)
     products = lambda f, *arguments: str(jax.make_jaxpr(f)(*arguments)).count(" dot_general[")
     assert products(compress, params, x) == 1

@@ -74,9 +74,7 @@ def test_a_share_is_any_rows_of_the_batch_in_its_own_order():
 def test_processes_see_their_parts_of_the_same_batches():
     whole = batches(numbered(11), batch_size=8, seed=5)
     for count in (1, 2, 4, 8):
-        parts = [
-            iter(batches(numbered(11), batch_size=8, seed=5, share=contiguous(8, i, count))) for i in range(count)
-        ]
+        parts = [iter(batches(numbered(11), batch_size=8, seed=5, share=contiguous(8, i, count))) for i in range(count)]
         for number, batch in enumerate(itertools.islice(whole, 5)):
             shares = [next(part) for part in parts]
             assert all(share["tokens"].shape == (8 // count, 3) for share in shares)

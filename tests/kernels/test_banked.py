@@ -9,6 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxmethods.kernels.banked import banked_linear, pallas_tpu
+from jaxmethods.launch import cost
 from tests.compiler import TOPOLOGIES, needs_compiler, report
 
 ROWS = np.array([2, 2, -1, 0, 4], np.int32)
@@ -88,6 +89,12 @@ def test_bytes_by_hand():
     entries = 3 * 37 * 300 * 4
     x_and_y = 2 * 5 * 1 * (37 + 300)
     assert pallas_tpu.hbm_bytes(ROWS, 1, 37, 300, 300, jnp.bfloat16, jnp.float32) == entries + x_and_y + 4 * 5
+    # The ids are not known beforehand: counted from the kernel, every row fetches its entry, in whole tiles.
+    arrays = [((32, 1, 432), jnp.bfloat16), ((256, 432, 4096), jnp.float32), ((32,), jnp.int32)]
+    kernel = functools.partial(banked_linear, implementation="pallas_tpu")
+    counted = cost.count(kernel, *(jax.ShapeDtypeStruct(*a) for a in arrays)).kernel_bytes
+    one_each = pallas_tpu.hbm_bytes(range(32), 1, 432, 4096, 4096, jnp.bfloat16, jnp.float32)
+    assert one_each <= counted <= 1.001 * one_each
 
 
 @needs_compiler

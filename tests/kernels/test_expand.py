@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxmethods.kernels.expand import expand, pallas_tpu
+from jaxmethods.launch import cost
 from tests.compiler import TOPOLOGIES, needs_compiler, report
 
 CASES = [  # channels, tokens, d_out: one block; two and a rest of tokens, 17 of outputs; no whole lanes
@@ -104,6 +105,15 @@ def test_bytes_by_hand():
     """S'MoRE's s (4, 4), r (8, 16) with a bias, 4096 tokens to 14336 channels: g is all but a tenth of it."""
     by_hand = 2 * 4096 * 14336 + 2 * 97 * 4096 + 2 * 96 * 14336 + 2 * 96 * 4096 + 4 * 97 * 14336
     assert pallas_tpu.hbm_bytes(96, 97, 4096, 14336, jnp.bfloat16) == by_hand < 1.12 * 2 * 4096 * 14336
+    arrays = [
+        ((96, 4096), jnp.bfloat16),
+        ((96, 14336), jnp.float32),
+        ((14336,), jnp.float32),
+        ((4096, 14336), jnp.bfloat16),
+    ]
+    backward = lambda *a: jax.vjp(functools.partial(expand, implementation="pallas_tpu"), *a[:3])[1](a[3])
+    in_whole_tiles = cost.count(backward, *(jax.ShapeDtypeStruct(*a) for a in arrays)).kernel_bytes
+    assert by_hand <= in_whole_tiles <= 1.01 * by_hand
 
 
 @needs_compiler

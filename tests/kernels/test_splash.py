@@ -10,7 +10,7 @@ import pytest
 from jaxmethods import adapters, sharding
 from jaxmethods.data import Data
 from jaxmethods.kernels.attention import attention, splash
-from jaxmethods.launch import Run, targets
+from jaxmethods.launch import Run, cost, targets
 from jaxmethods.launch.assembly import assemble
 from jaxmethods.models.attention import attention_on
 from tests import tiny
@@ -29,6 +29,28 @@ CASES = {
 def with_gradients(run, q, k, v):
     out, back = jax.vjp(run, q, k, v)
     return out, *back(jnp.cos(jnp.arange(out.size)).reshape(out.shape).astype(out.dtype))
+
+
+def test_what_plan_counts_of_it():
+    """Every block of the square: two products forward, and backward three for the queries and four for keys and values.
+
+    A causal mask leaves (1 + 1 / n) / 2 of them to n blocks, which the count does not know.
+    """
+    tokens, heads, width = 2048, 4, 128
+    q, k = (jax.ShapeDtypeStruct((1, tokens, n, width), jnp.bfloat16) for n in (heads, 2))
+    at = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+    options = {"causal": True, "softcap": None, "scale": 1.0}
+    run = lambda q, k, v, at: splash.attention(q, k, v, at, at, at, at, None, **options)
+    product = 2 * tokens**2 * heads * width
+    assert cost.count(run, q, k, k, at).matmul_flops == 2 * product
+    both = cost.count(lambda q, k, v, at: jax.vjp(lambda *x: run(*x, at), q, k, v)[1](q), q, k, k, at)
+    assert both.matmul_flops == pytest.approx((2 + 3 + 4) * product, rel=1e-3)
+    # Forward: in each head each of 4 blocks of queries meets 4 blocks of keys and values; queries and results once. What is
+    # more: each query's segment and place, in a tile's 128 columns.
+    forward = cost.count(run, q, k, k, at).kernel_bytes
+    keys, queries = 4 * heads * tokens * width * 2 * 2, 2 * heads * tokens * width * 2
+    assert keys + queries <= forward <= 1.5 * (keys + queries)
+    assert not both.unknown_loops and not both.uncounted
 
 
 @pytest.mark.parametrize("name", CASES)

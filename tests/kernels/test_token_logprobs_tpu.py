@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmethods.kernels.token_logprobs import implementation_for, pallas_tpu, token_logprobs, token_statistics
-from jaxmethods.launch import targets
+from jaxmethods.launch import cost, targets
 from tests.compiler import TOPOLOGIES, needs_compiler, report
 
 TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 2e-2}
@@ -24,7 +24,13 @@ def inputs(tokens, dim, vocab, dtype=jnp.float32, transposed=False):
     hidden = jax.random.normal(keys[0], (tokens, dim), dtype)
     unembedding = jax.random.normal(keys[1], (vocab, dim) if transposed else (dim, vocab), dtype)
     where = jax.random.bernoulli(keys[3], 0.6, (tokens,))
-    return hidden, unembedding, jax.random.randint(keys[2], (tokens,), 0, vocab), where, jax.random.normal(keys[4], (tokens,))
+    return (
+        hidden,
+        unembedding,
+        jax.random.randint(keys[2], (tokens,), 0, vocab),
+        where,
+        jax.random.normal(keys[4], (tokens,)),
+    )
 
 
 def by_hand(hidden, unembedding, targets, where, weights, softcap, transposed):
@@ -201,7 +207,8 @@ def test_the_device_compiled_for_chooses():
     )
     hidden, table = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((4096, 4096), (128256, 4096)))
     tied = [
-        implementation_for(Device(kind), hidden, table, transposed=True) for kind in ("TPU v5 lite", "TPU v5", "TPU v6e")
+        implementation_for(Device(kind), hidden, table, transposed=True)
+        for kind in ("TPU v5 lite", "TPU v5", "TPU v6e")
     ]
     assert tied == ["xla", "pallas_tpu", "pallas_tpu"]
     for kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite"):
@@ -235,6 +242,13 @@ def test_bytes_are_grid_times_blocks():
     n, v = sizes(kernel="unembedding")
     assert 4096 % n == 0
     assert bytes_of(kernel="unembedding") == 2 * matrix + -(-128256 // v) * 4096 * (4096 * 2 + 3 * 128 * 4)
+    # Another way to the same bytes: from the kernels themselves, as `plan` counts them in a training step.
+    targets = jax.ShapeDtypeStruct((4096,), jnp.int32)
+    value = lambda h, u, t: token_logprobs(h, u, t, implementation="pallas_tpu")
+    both = lambda h, u, t: jax.vjp(lambda h, u: value(h, u, t), h, u)[1](jnp.ones(4096, jnp.float32))
+    assert cost.count(value, hidden, unembedding, targets).kernel_bytes == bytes_of(kernel="values")
+    gradients = bytes_of(kernel="direction") + bytes_of(kernel="unembedding")
+    assert cost.count(both, hidden, unembedding, targets).kernel_bytes == gradients
 
 
 @needs_compiler
@@ -260,16 +274,16 @@ def test_compiles_at_production_size_and_holds_no_logits(topology, transposed):
 @pytest.mark.slow
 def test_compiles_inside_of_shard_map():
     """Tokens over one axis, the vocabulary over another, as a training step has them."""
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=targets.devices_of("v5e:2x2"))
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=targets.devices_of("v5e:2x2")
+    )
     specs = (P("data"), P(None, "tensor"), P("data"))
     run = jax.shard_map(
         lambda h, u, t: token_logprobs(h, u, t, axis_name="tensor", implementation="pallas_tpu"),
         mesh=mesh, in_specs=specs, out_specs=P("data"),
     )  # fmt: skip
     shapes = (((512, 256), jnp.bfloat16), ((256, 2000), jnp.bfloat16), ((512,), jnp.int32))
-    arrays = [
-        jax.ShapeDtypeStruct(*x, sharding=NamedSharding(mesh, s)) for x, s in zip(shapes, specs, strict=True)
-    ]
+    arrays = [jax.ShapeDtypeStruct(*x, sharding=NamedSharding(mesh, s)) for x, s in zip(shapes, specs, strict=True)]
     step = jax.jit(jax.grad(lambda h, u, t: run(h, u, t).sum(), (0, 1)))
     _, text = targets.compile_for(step.lower(*arrays), "tpu")
     assert text.count('custom_call_target="tpu_custom_call"') == 2

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxmethods.launch import cost
@@ -299,6 +301,31 @@ def test_a_kernel_counts_its_grid(tile):
     assert counted.matmul_flops == 2 * 32**3
     assert counted.by_primitive["add"] == 32 * 32 * k
     assert not counted.unknown_loops and not counted.uncounted
+    padded = lambda rows: rows * 128 * 4  # a float32 block of 4, 8, 16 or 32 rows and few columns
+    # x changes with i and n, w with n and j, unless the axis has one place; the result leaves once for each i and j.
+    x, w = (m * n * k if k > 1 else m), (m * n * k if k > 1 or n > 1 else 1)
+    assert counted.kernel_bytes == x * padded(tile[0]) + w * padded(tile[2]) + m * n * padded(tile[0])
+
+
+def test_a_block_whose_place_the_data_decide_moves_in_every_step():
+    def double(places, x, out):
+        out[...] = x[...] * 2
+
+    def fn(places, x):
+        grid = pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(6,),
+            in_specs=[pl.BlockSpec((8, 128), lambda i, places: (places[i], 0))],
+            out_specs=pl.BlockSpec((8, 128), lambda i, places: (i // 2, 0)),
+        )
+        return pl.pallas_call(double, grid_spec=grid, out_shape=x)(places, x)
+
+    block = 8 * 128 * 4
+    counted = cost.count(fn, jax.ShapeDtypeStruct((6,), jnp.int32), *arrays((24, 128)))
+    assert counted.kernel_bytes == (6 + 3) * block
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    both = jax.shard_map(fn, mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=False)
+    assert cost.count(both, jax.ShapeDtypeStruct((6,), jnp.int32), *arrays((24, 128))).kernel_bytes == 2 * 9 * block
 
 
 def test_a_kernel_whose_grid_depends_on_data_is_named():

@@ -187,11 +187,17 @@ ENTRY %main (x: f32[1000], y: f32[10]) -> f32[10] {
 }
 """
     handed_on = text.replace("slice(%p), slice={[5:15]}", "bitcast(%p)").replace("ROOT %sum", "%sum")
-    handed_on = handed_on.replace("%part =", "ROOT %part =").replace("WHAT", "ROOT %o = f32[10]{0} fusion(%x, %y), calls=%outer")
+    handed_on = handed_on.replace("%part =", "ROOT %part =").replace(
+        "WHAT", "ROOT %o = f32[10]{0} fusion(%x, %y), calls=%outer"
+    )
     assert hlo.memory_traffic(hlo.parse(handed_on)) > 4000
     traffic = lambda what: hlo.memory_traffic(hlo.parse(text.replace("WHAT", f"ROOT %out = f32[10]{{0}} {what}")))
     assert traffic("slice(%x), slice={[5:15]}") == 2 * 40
-    assert traffic("fusion(%x, %y), kind=kLoop, calls=%outer") == traffic("fusion(%x, %y), kind=kLoop, calls=%inner") == 3 * 40
+    assert (
+        traffic("fusion(%x, %y), kind=kLoop, calls=%outer")
+        == traffic("fusion(%x, %y), kind=kLoop, calls=%inner")
+        == 3 * 40
+    )
 
 
 def test_traffic_of_one_elementwise_operation():

@@ -15,7 +15,14 @@ from jaxmethods.launch.assembly import Assembly, assemble, model_shapes
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "layouts"
-RECIPES = ("llama3_8b_full", "llama3_8b_lora", "llama3_8b_s2ft", "llama3_8b_smore", "llama3_70b_full", "llama3_70b_lora")
+RECIPES = (
+    "llama3_8b_full",
+    "llama3_8b_lora",
+    "llama3_8b_s2ft",
+    "llama3_8b_smore",
+    "llama3_70b_full",
+    "llama3_70b_lora",
+)
 
 
 def assembled(recipe: str) -> Assembly:

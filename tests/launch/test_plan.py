@@ -61,26 +61,46 @@ def test_the_next_choices_that_need_less_memory(recipe):
     assert plan.choices(full, mesh(tensor=8)) == [{"accumulate": 4}]
 
 
-@pytest.mark.slow
-def test_a_search_puts_first_what_fits_and_is_fast(recipe, monkeypatch):
-    monkeypatch.setattr(targets, "devices_of", lambda topology: jax.devices()[:2])
-    run = run_of(recipe, "--batch-size", "4", "--accumulate", "1")
-
-    def found(memory):
-        chip = targets.Chip("cpu", 1e9, memory=memory, memory_rate=1e9, link_rate=1e8)
-        monkeypatch.setattr(targets, "CHIPS", (chip,))
-        return plan.search(run, "two of these")
-
-    every = found(1e12)
-    arranged = [
-        (one["change"]["mesh"]["fsdp"], one["change"]["mesh"]["tensor"], one["change"]["accumulate"]) for one in every
+def test_arrangements_of_64_devices(recipe):
+    """All of parameters, layers and rows are split; a mesh that would leave a device without rows is not tried."""
+    name = lambda change: {axis: n for axis, n in dataclasses.asdict(change["mesh"]).items() if n > 1}
+    tried = lambda rows, length: [
+        name(change) | ({"accumulate": change["accumulate"]} if change["accumulate"] > 1 else {})
+        for change in plan.arrangements(
+            run_of(recipe, "--batch-size", str(rows), "--data.sequence-length", str(length), "--accumulate", "1"), 64
+        )
     ]
-    assert sorted(arranged) == [(1, 2, 1), (1, 2, 2), (1, 2, 4), (2, 1, 1), (2, 1, 2)]
-    seconds = [one["step_seconds_roofline"] for one in every]
-    assert all(one["fits"] for one in every) and seconds == sorted(seconds)
-    needed = sorted(one["bytes_per_device"]["total"] for one in every)
-    some = found(needed[2])
-    assert [one["fits"] for one in some] == [True] * 3 + [False] * 2
+    copies = [{"data": 2, "fsdp": 32}, {"data": 4, "fsdp": 16}, {"data": 8, "fsdp": 8}]
+    assert tried(64, 64) == [
+        {"fsdp": 64}, {"fsdp": 32, "tensor": 2}, {"fsdp": 32, "tensor": 2, "accumulate": 2}, {"fsdp": 16, "tensor": 4},
+        {"fsdp": 16, "tensor": 4, "accumulate": 2}, {"fsdp": 16, "tensor": 4, "accumulate": 4}, {"fsdp": 8, "tensor": 8},
+        {"fsdp": 8, "tensor": 8, "accumulate": 2}, {"fsdp": 8, "tensor": 8, "accumulate": 4}, *copies,
+    ]  # fmt: skip
+    assert tried(16, 512) == [
+        {"fsdp": 16, "tensor": 4}, {"fsdp": 8, "tensor": 8}, {"fsdp": 8, "tensor": 8, "accumulate": 2},
+        {"fsdp": 16, "sequence": 4},
+    ]  # fmt: skip
+    assert tried(10, 64) == []
+
+
+@pytest.mark.slow
+def test_a_search_compiles_each_arrangement_and_puts_the_fastest_first(recipe, monkeypatch):
+    monkeypatch.setattr(targets, "devices_of", lambda topology: jax.devices()[:2])
+    chip = targets.Chip("cpu", 1e9, memory=1e12, memory_rate=1e9, link_rate=1e8)
+    monkeypatch.setattr(targets, "CHIPS", (chip,))
+    found = plan.search(run_of(recipe, "--batch-size", "2", "--accumulate", "1"), "two of these")
+    arranged = [
+        (one["change"]["mesh"]["fsdp"], one["change"]["mesh"]["tensor"], one["change"]["accumulate"]) for one in found
+    ]
+    assert sorted(arranged) == [(1, 2, 1), (1, 2, 2), (2, 1, 1)]
+    seconds = [one["step_seconds_roofline"] for one in found]
+    assert all(one["fits"] for one in found) and 0 < seconds[0] and seconds == sorted(seconds)
+
+
+def test_what_fits_comes_first():
+    found = [(False, None, 3), (True, 2.0, 9), (False, None, 2), (True, 1.0, 9), (False, 0.5, 1)]
+    made = [{"fits": f, "step_seconds_roofline": s, "bytes_per_device": {"total": b}} for f, s, b in found]
+    assert [made.index(one) for one in plan.ranked(made)] == [3, 1, 4, 2, 0]
 
 
 @needs_compiler
@@ -185,5 +205,6 @@ def test_a_target_that_is_none_is_refused_in_one_line(command, recipe):
     done = command("plan", recipe, "--topology", "v9:2x2")
     assert (
         done.returncode == 2
-        and done.stderr == "jaxmethods: topology='v9' is unknown; Known: v4, v5e, v5p, v6e, tpu7x, a100, h100, h200, b200.\n"
+        and done.stderr
+        == "jaxmethods: topology='v9' is unknown; Known: v4, v5e, v5p, v6e, tpu7x, a100, h100, h200, b200.\n"
     )
