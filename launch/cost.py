@@ -270,11 +270,11 @@ def _kernel_bytes(mapping: Any) -> int:
         ref = block.transformed_block_aval
         if str(ref.memory_space) in ("any", "hbm", "smem"):
             continue
-        *outer, last = ref.shape if ref.shape else (1,)
-        size = ref.dtype.itemsize
-        if outer:  # few rows are kept as few, in a power of two
-            outer[-1] = _up(outer[-1], min(32 // size, 1 << (outer[-1] - 1).bit_length()))
-        total += math.prod(outer) * _up(last, 128) * size * _moves(block.index_map_jaxpr, steps)
+        shape: tuple[int, ...] = (1, 1, *ref.shape)
+        size, rows = ref.dtype.itemsize, shape[-2]
+        rows = _up(rows, min(32 // size, 1 << (rows - 1).bit_length()))  # few are kept as few, in a power of two
+        tiled = math.prod(shape[:-2]) * rows * _up(shape[-1], 128) * size
+        total += tiled * _moves(block.index_map_jaxpr, steps)
     return total
 
 

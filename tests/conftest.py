@@ -8,8 +8,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The suite's time is compilation of small programs; unoptimised ones compile in half the time, and in half of that again by the
 # emitter that jax 0.10 still has beside the newer one.
-_EMITTER = " --xla_cpu_use_fusion_emitters=false" if metadata.version("jaxlib").startswith("0.10.") else ""
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0" + _EMITTER)
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    + (" --xla_cpu_use_fusion_emitters=false" if metadata.version("jaxlib").startswith("0.10.") else ""),
+)
 
 import jax
 import pytest

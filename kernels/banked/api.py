@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxmethods.kernels import one_tpu
+from jaxmethods.kernels import one_device
 from jaxmethods.kernels.banked import pallas_tpu, xla
 from jaxmethods.kernels.manual_axes import vary, varying_axes
 
 IMPLEMENTATIONS: dict[str, Callable[[bool], Callable[..., Any]]] = {
     "xla": lambda transposed: functools.partial(xla.banked_linear, transposed=transposed),
-    "pallas_tpu": lambda transposed: one_tpu.compiled_or_interpreted(
+    "pallas_tpu": lambda transposed: one_device.compiled_or_interpreted(
         functools.partial(pallas_tpu.banked_linear, transposed=transposed)
     ),
 }
@@ -60,7 +60,7 @@ def banked_linear(
         raise ValueError(f"{implementation=} is unknown; use None or one of {', '.join(IMPLEMENTATIONS)}.")
     fits = pallas_tpu.tile(x.shape[1], width, d_out, x.dtype, bank.dtype)
     if implementation is None:
-        implementation = "pallas_tpu" if fits and one_tpu.on_one_tpu() else "xla"
+        implementation = "pallas_tpu" if fits and one_device.on_one_tpu() else "xla"
     if implementation == "pallas_tpu" and not fits:
         raise ValueError(
             f"implementation='pallas_tpu' takes float32 or bfloat16 rows that fit on the chip; {x.dtype}[{x.shape[1]}, {width}] to "

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from jaxmethods.kernels.one_tpu import VMEM, VMEM_LIMIT
+from jaxmethods.kernels.one_device import VMEM, VMEM_LIMIT
 
 _LANES = 128
 

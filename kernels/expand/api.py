@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxmethods.kernels import one_tpu
+from jaxmethods.kernels import one_device
 from jaxmethods.kernels.expand import pallas_tpu, xla
 from jaxmethods.kernels.manual_axes import vary, varying_axes
 
-IMPLEMENTATIONS = {"xla": xla.cotangents, "pallas_tpu": one_tpu.compiled_or_interpreted(pallas_tpu.cotangents)}
+IMPLEMENTATIONS = {"xla": xla.cotangents, "pallas_tpu": one_device.compiled_or_interpreted(pallas_tpu.cotangents)}
 LARGE = 64 << 20
 """Bytes of a cotangent that XLA no longer keeps on the chip between two products (docs/kernels.md)."""
 
@@ -51,7 +51,7 @@ def expand(
     fits = pallas_tpu.tiles(len(state) + (bias is not None), *shape, state.dtype)
     if implementation is None:
         large = state.dtype.itemsize * shape[0] * shape[1] > LARGE
-        implementation = "pallas_tpu" if large and fits and one_tpu.on_one_tpu() else "xla"
+        implementation = "pallas_tpu" if large and fits and one_device.on_one_tpu() else "xla"
     if implementation == "pallas_tpu" and not fits:
         raise ValueError(
             f"implementation='pallas_tpu' takes float32 or bfloat16 whose gradients fit on the chip; {state.dtype} of "

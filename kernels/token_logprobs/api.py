@@ -10,11 +10,11 @@
 import re
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmethods.kernels.one_device import one_device
 from jaxmethods.kernels.token_logprobs import pallas_tpu, reference, xla
 from jaxmethods.kernels.token_logprobs.reference import TokenStatistics
 
@@ -138,9 +138,8 @@ def _statistics(
         raise ValueError(f"{implementation=} is unknown; use None or one of {', '.join(IMPLEMENTATIONS)}.")
     hidden, unembedding = jnp.asarray(hidden), jnp.asarray(unembedding)
     if implementation is None:
-        alone = xla.on_one_device()
-        device = jax.local_devices(backend=jax.default_backend())[0]
-        implementation = implementation_for(device, hidden, unembedding, transposed=transposed) if alone else "xla"
+        device = one_device()
+        implementation = implementation_for(device, hidden, unembedding, transposed=transposed) if device else "xla"
     where = None if where is None else jnp.asarray(where)
     return IMPLEMENTATIONS[implementation](
         hidden, unembedding, jnp.asarray(targets), where, transposed=transposed, **options

@@ -29,7 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmethods.kernels.manual_axes import vary, varying_axes
-from jaxmethods.kernels.one_tpu import VMEM_LIMIT
+from jaxmethods.kernels.one_device import VMEM_LIMIT
 from jaxmethods.kernels.token_logprobs import xla
 from jaxmethods.kernels.token_logprobs.reference import TokenStatistics, masked
 from jaxmethods.kernels.token_logprobs.xla import LOW, Kept, Needs, Settings

@@ -19,6 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmethods.kernels.manual_axes import vary, varying_axes
+from jaxmethods.kernels.one_device import one_device
 from jaxmethods.kernels.token_logprobs.reference import TokenStatistics, masked
 
 LOGITS = 1 << 21
@@ -107,18 +108,13 @@ def token_statistics(
 ) -> TokenStatistics:
     """See `api`; without `everything`, log-probabilities alone."""
     if compact is None:
-        compact = jax.default_backend() == "cpu" and on_one_device()
+        device = one_device()
+        compact = device is not None and device.device_kind == "cpu"
     settings = Settings(softcap, axis_name, transposed, compact, everything)
     # Marked outside of the custom derivative: the transpose then sums gradients over the mesh axes that were added.
     hidden, unembedding = vary((hidden, unembedding), varying_axes(hidden, unembedding))
     found = _token_statistics(settings, hidden, unembedding, targets, where)
     return masked(found, targets, where, settings.vocabulary(unembedding))
-
-
-def on_one_device() -> bool:
-    """Whether what is being traced is one device's: no other is there, or the call stands in a `shard_map` over all axes."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -94,7 +94,7 @@ def test_a_search_compiles_each_arrangement_and_puts_the_fastest_first(recipe, m
     ]
     assert sorted(arranged) == [(1, 2, 1), (1, 2, 2), (2, 1, 1)]
     seconds = [one["step_seconds_roofline"] for one in found]
-    assert all(one["fits"] for one in found) and 0 < seconds[0] and seconds == sorted(seconds)
+    assert all(one["fits"] for one in found) and seconds[0] > 0 and seconds == sorted(seconds)
 
 
 def test_what_fits_comes_first():

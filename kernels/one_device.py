@@ -19,17 +19,22 @@ _WITH_ROOM = r"TPU (v5|v6)|TPU7x"
 """Generations with that much; v4 and older have 16 MiB."""
 
 
-def on_one_tpu() -> bool:
-    """Whether what is traced now will run on one TPU device with enough VMEM, as far as can be seen; False if in doubt.
+def one_device() -> Any | None:
+    """The device on which what is traced now will run alone, with its `device_kind`; None where several may share it.
 
     Inside a `shard_map` the mesh says for which device is compiled, which need not be present. Without a mesh the process'
     only device is meant.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
-        device = mesh.abstract_device
-        return mesh.are_all_axes_manual and device is not None and bool(re.match(_WITH_ROOM, device.device_kind))
-    return jax.device_count() == 1 and bool(re.match(_WITH_ROOM, jax.devices()[0].device_kind))
+        return mesh.abstract_device if mesh.are_all_axes_manual or mesh.size == 1 else None
+    return jax.devices()[0] if jax.device_count() == 1 else None
+
+
+def on_one_tpu() -> bool:
+    """Whether that is a TPU with enough VMEM, as far as can be seen; False if in doubt."""
+    device = one_device()
+    return device is not None and bool(re.match(_WITH_ROOM, device.device_kind))
 
 
 def compiled_or_interpreted(kernel: Callable[..., Any]) -> Callable[..., Any]:
