@@ -68,7 +68,12 @@ def count(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
     rematerialisation.
     """
     jitted = fn if isinstance(fn, jax.stages.Wrapped) else jax.jit(fn)
-    jaxpr = jitted.trace(*args, **kwargs).jaxpr
+    return count_traced(jitted.trace(*args, **kwargs))
+
+
+def count_traced(traced: jax.stages.Traced) -> Cost:
+    """As `count`, of a call that has been traced; for devices that are absent, outside of `jax.set_mesh` with them."""
+    jaxpr = traced.jaxpr
     tally = _tally(jaxpr, [None] * len(_open(jaxpr).invars), "")
     return Cost(
         flops=float(sum(tally.operations.values())),

@@ -94,20 +94,42 @@ def size_in_bytes(shape: str, *, in_main_memory: bool = False) -> int:
 def parse(text: str) -> Program:
     """Reads the text of one module.
 
-    Raises ValueError where it has no entry computation.
+    Raises ValueError where it has no entry computation, or ends inside of one.
     """
     computations: dict[str, dict[str, Instruction]] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        if not line.startswith(" "):
+    entry, name, current = "", "", None
+    for line in _statements(text):
+        if current is None:
             head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$", line)
-            current = None if head is None or line.startswith("HloModule") else computations.setdefault(head[2], {})
-            entry = head[2] if head is not None and head[1] else entry
-        elif current is not None and (found := _instruction(line)):
+            if head is not None and not line.startswith("HloModule"):
+                name, current = head[2], computations.setdefault(head[2], {})
+                entry = name if head[1] else entry
+        elif _CLOSES.match(line):
+            current = None
+        elif found := _instruction(line):
             current[found.name] = found
+    if current is not None:
+        raise ValueError(f"the text ends inside of {name!r}.")
     if not entry:
         raise ValueError("the text has no ENTRY computation, so it is no compiled program.")
     return Program(computations, entry)
+
+
+def _statements(text: str) -> Iterator[str]:
+    """The lines of a module, each whole: what a kernel says of itself may hold line breaks."""
+    held = ""
+    for line in text.split("\n"):
+        inside = held.startswith(" ")  # of a computation, whose lines are indented
+        if inside and line and not line.startswith(" ") and not _CLOSES.match(line):
+            held += line
+        else:
+            yield held
+            held = line
+    yield held
+
+
+_CLOSES = re.compile(r"\}(, execution_thread=.*)?$")
+"""The line that ends a computation."""
 
 
 def _instruction(line: str) -> Instruction | None:

@@ -149,8 +149,9 @@ def _assembled(run: Run, devices: Sequence[Any]) -> Assembly:
 def _examined(assembly: Assembly, devices: Sequence[Any], *, compiles: bool) -> dict[str, Any]:
     """What a step costs: counted from the program and, where it compiles, read from what the compiler made of it."""
     with jax.set_mesh(assembly.mesh):  # by which a kernel outside of `shard_map`, on one device, is told its target
-        counted = cost.count(assembly.step, assembly.state, assembly.frozen, assembly.batch())
-        compiled = _compiled(assembly, devices) if compiles else _NOT_COMPILED
+        traced = assembly.step.trace(assembly.state, assembly.frozen, assembly.batch())
+        compiled = _compiled(assembly, devices, traced) if compiles else _NOT_COMPILED
+    counted = cost.count_traced(traced)
     if compiled["memory_traffic_per_device"] is not None:
         compiled["memory_traffic_per_device"] += round(counted.kernel_bytes / len(devices))
     flops = {
@@ -165,14 +166,13 @@ _NOT_COMPILED: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _compiled(assembly: Assembly, devices: Sequence[Any]) -> dict[str, Any]:
+def _compiled(assembly: Assembly, devices: Sequence[Any], traced: jax.stages.Traced) -> dict[str, Any]:
     """What the compiler says of the step; the memory traffic is without that of Pallas kernels."""
     chip = targets.chip_of(devices[0])
     limit = None if chip is None or chip.memory is None else int(chip.memory)
     start = time.perf_counter()
-    lowered = assembly.step.lower(assembly.state, assembly.frozen, assembly.batch())
     try:
-        compiled, text = targets.compile_for(lowered, devices[0].platform)
+        compiled, text = targets.compile_for(traced.lower(), devices[0].platform)
     except jax.errors.JaxRuntimeError as error:
         told = _OUT_OF_MEMORY.search(str(error))
         if told is None:

@@ -1,14 +1,16 @@
-"""A tiny model with tokenizer, rows, and a recipe, on disk as a user has them; and the command line in a process of its own."""
+"""A tiny model with tokenizer, rows, and a recipe, on disk as a user has them; and the command line, in a process of its own or here."""
 
 import json
 import os
 import subprocess
 import sys
 
+import jax
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from jaxmethods import models
+from jaxmethods.launch import cli
 from tests import tiny
 from tests.data.conftest import CHATML, byte_level
 
@@ -73,5 +75,36 @@ def command():
         if start:
             return subprocess.Popen(line, **options)
         return subprocess.run(line, timeout=300, **options)
+
+    return run
+
+
+@pytest.fixture
+def here(capsys, monkeypatch):
+    """The same without a process, for what a process adds nothing to but its start: here("plan", ...) -> CompletedProcess."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*arguments):
+        capsys.readouterr()
+        status = 0
+        try:
+            cli.main(list(map(str, arguments)))
+        except SystemExit as end:
+            status = end.code or 0
+        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
+
+    yield run
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture
+def refused(here):
+    """Runs a command that must be refused; returns its one line."""
+
+    def run(*arguments):
+        done = here(*arguments)
+        line = done.stderr.strip()
+        assert done.returncode == 2 and "Traceback" not in line, done
+        return line
 
     return run

@@ -163,6 +163,34 @@ ENTRY %main (x: f32[1000]) -> f32[1000] {
     assert hlo.memory_traffic(hlo.parse(text)) == 4000 + 0 + 4000
 
 
+def test_what_a_kernel_says_of_itself_may_hold_line_breaks():
+    """JAX's splash attention writes its blocks so. What comes after it in the loop's body is counted too."""
+    text = """HloModule step
+
+%body (x: f32[1000]) -> f32[1000] {
+  %x = f32[1000]{0} parameter(0)
+  %kernel = f32[1000]{0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="splash"}
+  ROOT %sum = f32[1000]{0} all-reduce(%kernel), replica_groups={{0,1}}, to_apply=%add
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[1000]) -> f32[1000] {
+  %x = f32[1000]{0} parameter(0)
+  ROOT %out = f32[1000]{0} call(%x), to_apply=%body
+}
+"""
+    made = hlo.parse(text)
+    assert list(made.computations) == ["body", "main"] and made.entry == "main"
+    assert list(made.computations["body"]) == ["x", "kernel", "sum"]
+    assert "op_name" in made.computations["body"]["kernel"].attributes
+    (reduced,) = hlo.collectives(made, 2)
+    assert (reduced.kind, reduced.group, reduced.bytes) == ("all-reduce", 2, 4000)
+    assert hlo.memory_traffic(made) == 8000 + 8000 and hlo.memory_traffic(made, kernels=False) == 8000
+    with pytest.raises(ValueError, match="ends inside of 'main'"):
+        hlo.parse(text[: text.rindex("}")])
+
+
 def test_traffic_of_a_slice_is_the_slice_also_in_a_fusion_inside_of_a_fusion():
     """10 of 1000 numbers are read and written; what the fusion adds to them it reads too. What is handed on is read as a whole."""
     text = """HloModule step
