@@ -5,6 +5,7 @@ import json
 import pytest
 
 from jaxmethods.launch import cli
+from jaxmethods.launch.plan import show
 
 
 def recipe(shop, tmp_path, old, new):
@@ -18,13 +19,11 @@ def recipe(shop, tmp_path, old, new):
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("steps=12", "stepz=12", "Run has no field 'stepz'; did you mean 'steps'?"),
         ("batch_size=4", "batch_size=-4", "batch_size=-4 must be at least 1"),
         ("accumulate=2", "accumulate=3", "must be a multiple of accumulate=3"),
         ("ranks=(1, 2)", "gate='swich'", "did you mean 'switch'"),
         ("def config()", "def configuration()", "defines no function config()"),
         ("steps=12,", "steps=12,,", "invalid syntax"),
-        ('"q_proj"', '"q_prj"', "'q_prj' matches no linear layer"),
     ],
 )  # fmt: skip
 def test_a_wrong_recipe(refused, shop, tmp_path, old, new, says):
@@ -33,42 +32,46 @@ def test_a_wrong_recipe(refused, shop, tmp_path, old, new, says):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_wrong_command_in_a_process_of_its_own(command):
-    done = command("trian", "x.py")
-    assert done.returncode == 2 and done.stdout == ""
-    assert "did you mean 'train'" in done.stderr and done.stderr.count("\n") == 1
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("old", "new", "line", "says"),
+    [
+        ("", "", "trian x.py", "did you mean 'train'"),
+        ("", "", "train {} --distributed", "--distributed found no cluster of SLURM, Open MPI, Kubernetes or Cloud TPU here"),
+        ("steps=12", "stepz=12", "train {}", "Run has no field 'stepz'; did you mean 'steps'?"),
+        ('"q_proj"', '"q_prj"', "train {}", "'q_prj' matches no linear layer"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_in_a_process_of_its_own(command, shop, tmp_path, old, new, line, says):
+    done = command(*line.format(recipe(shop, tmp_path, old, new)).split())
+    assert done.returncode == 2 and done.stdout == "", done
+    assert says in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_wrong_files_and_flags(refused, shop, tmp_path):
+    fits = recipe(shop, tmp_path, "batch_size=4", "batch_size=16")  # eight devices are here
+    train = lambda *flags: refused("train", fits, *flags, "--workdir", tmp_path / "run")
     assert "the hub does not answer" in refused("generate", "some-org/some-model", "--prompt", "hello")
     assert f"did you mean {shop / 'recipe.py'}" in refused("train", shop / "recip.py")
-    unknown = refused("train", shop / "recipe.py", "--optimizer.learning-rte", "1", "--workdir", tmp_path / "run")
-    assert "--optimizer.learning-rate" in unknown
-    assert "invalid literal" in refused("train", shop / "recipe.py", "--steps", "many", "--workdir", tmp_path / "run")
-    alone = refused("train", shop / "recipe.py", "--distributed", "--workdir", tmp_path / "run")
-    assert "--distributed found no cluster of SLURM, Open MPI, Kubernetes or Cloud TPU here" in alone
-    mesh = refused("train", shop / "recipe.py", "--mesh.fsdp", "3", "--workdir", tmp_path / "run")
-    assert "asks for 3 devices and there are 8" in mesh
-    missing = refused("train", shop / "recipe.py", "--data", shop / "trian.jsonl", "--workdir", tmp_path / "run")
-    assert "train.jsonl" in missing
-    model = refused("train", shop / "recipe.py", "--model", str(shop / "modle"), "--workdir", tmp_path / "run")
-    assert "model" in model
+    assert "--optimizer.learning-rate" in train("--optimizer.learning-rte", "1")
+    assert "invalid literal" in train("--steps", "many")
+    assert "asks for 3 devices and there are 8" in train("--mesh.fsdp", "3")
+    assert "train.jsonl" in train("--data", shop / "trian.jsonl")
+    assert str(shop / "modle") in train("--model", shop / "modle")
     assert "no run" in refused("export", shop / "model", "--to", tmp_path / "out")
     broken = tmp_path / "broken.jsonl"
     broken.write_text((shop / "train.jsonl").read_text().splitlines()[0] + '\n{"prompt": "a"\n')
-    assert f"{broken}:2" in refused(
-        "train", shop / "recipe.py", "--data", broken, "--workdir", tmp_path / "run"
-    ).replace(", line ", ":")
+    assert f"{broken}:2" in train("--data", broken).replace(", line ", ":")
+    assert not (tmp_path / "run").exists()
     stranger = tmp_path / "stranger"
     stranger.mkdir()
     (stranger / "thesis.tex").write_text("do not touch")
-    assert not (tmp_path / "run").exists()
-    assert "is not empty" in refused("train", shop / "recipe.py", "--workdir", stranger)
+    assert "is not empty" in refused("train", fits, "--workdir", stranger)
     assert [p.name for p in stranger.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.slow
-def test_help_and_plan(here, command, shop):
+def test_help_and_plan(here, command, shop, capsys):
     assert "train CONFIG.py" in here("--help").stdout
     shown = here("train", shop / "recipe.py", "--help")
     assert shown.returncode == 0 and "--optimizer.learning-rate" in shown.stdout
@@ -77,7 +80,8 @@ def test_help_and_plan(here, command, shop):
     plan = json.loads(planned.stdout)
     assert plan["trained"]["parameters"] > 0 and plan["bytes_per_device"]["total"] > 0
     assert plan["flops_per_step"] > 0 and plan["model"]["layers"] == 3
-    assert "trained" in here("plan", shop / "recipe.py").stdout
+    show(plan, as_json=False)
+    assert "trained" in capsys.readouterr().out
     assert not (shop / "run" / "plan").exists()
 
 

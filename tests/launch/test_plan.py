@@ -6,7 +6,7 @@ import json
 import jax
 import pytest
 
-from jaxmethods import sharding
+from jaxmethods import adapters, sharding
 from jaxmethods.launch import cli, config, hlo, plan, targets
 from tests.compiler import needs_compiler, needs_cuda_compiler
 
@@ -88,7 +88,10 @@ def test_a_search_compiles_each_arrangement_and_puts_the_fastest_first(recipe, m
     monkeypatch.setattr(targets, "devices_of", lambda topology: jax.devices()[:2])
     chip = targets.Chip("cpu", 1e9, memory=1e12, memory_rate=1e9, link_rate=1e8)
     monkeypatch.setattr(targets, "CHIPS", (chip,))
-    found = plan.search(run_of(recipe, "--batch-size", "2", "--accumulate", "1"), "two of these")
+    run = dataclasses.replace(
+        run_of(recipe, "--batch-size", "2", "--accumulate", "1"), adapters={"q_proj": adapters.LoRA(rank=2)}
+    )
+    found = plan.search(run, "two of these")
     arranged = [
         (one["change"]["mesh"]["fsdp"], one["change"]["mesh"]["tensor"], one["change"]["accumulate"]) for one in found
     ]
