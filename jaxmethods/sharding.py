@@ -110,6 +110,44 @@ def tokens_spec(shape: Sequence[int], mesh: Mesh) -> P:
     return P(*(_that_divide(entry, size, mesh) for entry, size in zip(BATCH, shape[:2], strict=True)))
 
 
+def join_tokens(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """[rows, tokens, ...] as [rows x tokens, ...], in an order that leaves each device the tokens it has.
+
+    Where rows and tokens are both split, no one axis in their plain order could lie as they do, and XLA would gather them.
+    `part_tokens` undoes it.
+    """
+    of_rows, of_tokens = _splits(x.shape, mesh)
+    rows, tokens, *rest = x.shape
+    if len(of_tokens) == 0:
+        return x.reshape(-1, *rest)
+    assert mesh is not None
+    a, b = (math.prod(mesh.shape[name] for name in names) for names in (of_rows, of_tokens))
+    blocks = x.reshape(a, rows // a, b, tokens // b, *rest)
+    joined = blocks.swapaxes(1, 2).reshape(-1, *rest)
+    return jax.lax.with_sharding_constraint(joined, NamedSharding(mesh, P((*of_rows, *of_tokens))))
+
+
+def part_tokens(x: jax.Array, shape: Sequence[int], mesh: Mesh | None) -> jax.Array:
+    """[rows x tokens, ...] of `join_tokens` as [rows, tokens, ...]; `shape` begins with rows and tokens."""
+    of_rows, of_tokens = _splits(shape, mesh)
+    (rows, tokens), rest = shape[:2], x.shape[1:]
+    if len(of_tokens) == 0:
+        return x.reshape(rows, tokens, *rest)
+    assert mesh is not None
+    a, b = (math.prod(mesh.shape[name] for name in names) for names in (of_rows, of_tokens))
+    return split_tokens(
+        x.reshape(a, b, rows // a, tokens // b, *rest).swapaxes(1, 2).reshape(rows, tokens, *rest), mesh
+    )
+
+
+def _splits(shape: Sequence[int], mesh: Mesh | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The axes of more than one device over which the rows lie, and over which their tokens do."""
+    if mesh is None:
+        return (), ()
+    axes = [entry if isinstance(entry, tuple) else (entry,) for entry in tokens_spec(shape, mesh)]
+    return tuple(tuple(n for n in names if n is not None and mesh.shape[n] > 1) for names in axes)  # type: ignore[return-value]
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, P())

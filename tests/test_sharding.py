@@ -1,6 +1,10 @@
+import math
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmethods import models, sharding
@@ -69,3 +73,23 @@ def test_a_batch_is_placed_row_by_row_however_devices_are_ordered():
             for number, device in enumerate(devices):  # two of tensor hold the same two rows
                 shard = next(s for s in placed[name].addressable_shards if s.device == device)
                 np.testing.assert_array_equal(shard.data, values[number // 2 * 2 : number // 2 * 2 + 2])
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape"),
+    [
+        ({"fsdp": 2, "sequence": 4}, (4, 8, 3)), ({"data": 2, "fsdp": 2, "sequence": 2}, (8, 6)), ({"fsdp": 8}, (8, 5)),
+        ({"sequence": 2, "tensor": 4}, (3, 4)), ({"fsdp": 2, "sequence": 4}, (4, 1, 3)),
+    ],
+)  # fmt: skip
+def test_joined_tokens_stay_with_their_device(axes, shape):
+    """Each device's part, before and after, holds the same numbers, and parting gives back the plain order."""
+    mesh = sharding.make_mesh(axes)
+    x = jnp.arange(math.prod(shape)).reshape(shape)
+    placed = jax.device_put(x, NamedSharding(mesh, sharding.tokens_spec(shape, mesh)))
+    joined = jax.jit(lambda a: sharding.join_tokens(a, mesh))(placed)
+    assert joined.shape == (shape[0] * shape[1], *shape[2:])
+    held = lambda a: {shard.device: np.asarray(shard.data).ravel().tolist() for shard in a.addressable_shards}
+    assert held(joined) == held(placed)
+    np.testing.assert_array_equal(jax.jit(lambda a: sharding.part_tokens(a, shape[:2], mesh))(joined), x)
+    np.testing.assert_array_equal(sharding.join_tokens(x, None), x.reshape(-1, *shape[2:]))

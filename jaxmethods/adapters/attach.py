@@ -309,7 +309,7 @@ def _interceptor(root: Any, mask: Any) -> Callable[..., Any]:
                 f"layer {path!r} sees tokens of shape {x.shape[:-1]} and `mask` has {jnp.shape(mask)}; an adapter with an "
                 "auxiliary loss needs one mask entry for each token."
             )
-        leaves = _Leaves(matching, reports, draws, parent=layer, name="adapter")
+        leaves = _Leaves(matching, reports, draws, getattr(root, "mesh", None), parent=layer, name="adapter")
         own: Any = lambda name: layer.get_variable("params", name)
         return leaves(x, y, quantization.kernel_of(own), own("bias") if layer.use_bias else None, mask)
 
@@ -322,6 +322,7 @@ class _Leaves(nn.Module):
     adapters: tuple[AnyAdapter, ...]
     reports: bool
     draws: bool
+    mesh: Any
 
     @nn.compact
     def __call__(self, x: Any, y: Any, kernel: Any, bias: Any, mask: Any) -> Any:
@@ -343,7 +344,7 @@ class _Leaves(nn.Module):
                         _FOREIGN_SCAN.format(adapter.kind, "draws random numbers", "split_rngs={'dropout': True}")
                     )
                 key = self.make_rng("dropout")
-            y, loss = adapter.apply(leaves, Call(x, y, kernel, mask, key, bias))
+            y, loss = adapter.apply(leaves, Call(x, y, kernel, mask, key, bias, self.mesh))
             if loss is not None and self.reports:
                 if not self.is_mutable_collection("losses"):
                     raise ValueError(

@@ -26,6 +26,8 @@ class Call(NamedTuple):
     """Given while training: for dropout and router noise."""
     bias: Float[Array, " d_out"] | None = None
     """The layer's own, which y holds."""
+    mesh: Any = None
+    """Of the module: how it lets x [rows, tokens, d_in] lie (`sharding.tokens_spec`)."""
 
 
 class Result(NamedTuple):

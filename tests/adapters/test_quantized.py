@@ -32,8 +32,11 @@ def logits(module, params):
     return models.logits(module, params, rows["tokens"], rows["segment_ids"] > 0)
 
 
-@each_kind
-@each
+@pytest.mark.parametrize(
+    ("adapter", "kind"),
+    [(ADAPTERS["lora"], "int8"), *((adapter, "int4") for adapter in ADAPTERS.values())],
+    ids=lambda value: getattr(value, "kind", value),
+)
 def test_it_starts_at_the_quantised_model_trains_alone_and_merges_into_float(adapter, kind):
     module, base = quantized(kind)
     adapted = adapters.attach(module, {"mlp/(up|down)_proj": adapter})

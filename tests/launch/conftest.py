@@ -1,4 +1,4 @@
-"""A tiny model with tokenizer, rows, and a recipe, on disk as a user has them; and the command line, in a process of its own or here."""
+"""A tiny model with tokenizer, rows, and a recipe, on disk as a user has them; the command line, in its own process or in this."""
 
 import json
 import os

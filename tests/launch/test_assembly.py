@@ -13,6 +13,7 @@ from jaxmethods.launch.assembly import assemble
 from tests import tiny
 
 ROWS, LENGTH, WIDTH, LAYERS = 16, 40, 64, 3
+SMORE = adapters.SMoRE(experts=(2, 3), fanout=(1, 2), ranks=(2, 2), router_dim=6, gate_dim=4)
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,7 @@ ROWS, LENGTH, WIDTH, LAYERS = 16, 40, 64, 3
     [
         ({"fsdp": 4, "tensor": 2}, {}), ({"data": 2, "fsdp": 4}, {"proj": adapters.LoRA(2)}),
         ({"fsdp": 2, "sequence": 2, "tensor": 2}, {"proj": adapters.LoRA(2)}),
+        ({"fsdp": 2, "sequence": 2, "tensor": 2}, {"up_proj": SMORE}), ({"fsdp": 2, "sequence": 4}, {"down_proj": SMORE}),
     ],
 )  # fmt: skip
 def test_no_device_holds_the_activations_of_all_rows_or_of_whole_long_ones(axes, pairs):

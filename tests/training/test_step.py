@@ -47,7 +47,7 @@ def test_the_loss_of_packed_rows_is_that_of_each_example_alone():
     assert float(metrics["auxiliary_loss"].value()) == 0.0
 
 
-@pytest.mark.parametrize("accumulate", [2, 4, 8])
+@pytest.mark.parametrize("accumulate", [2, 8])
 @pytest.mark.parametrize("adapter", [None, adapters.LoRA(rank=2)], ids=["full", "lora"])
 def test_accumulation_has_the_gradient_of_the_whole_batch(accumulate, adapter):
     _, params, loss_fn = pieces(adapter=adapter)
@@ -76,7 +76,7 @@ def test_accumulated_means_weigh_parts_by_their_tokens():
 
 MESHES = [
     {"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"sequence": 8},
-    {"fsdp": 2, "sequence": 2, "tensor": 2}, {"fsdp": 2, "tensor": 4},
+    {"fsdp": 2, "sequence": 2, "tensor": 2},
 ]  # fmt: skip
 SMORE = adapters.SMoRE(experts=(2, 3), fanout=(1, 2), ranks=(1, 2), router_dim=8, gate_dim=4)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
@@ -12,6 +14,7 @@ from jaxmethods.adapters.base import Call, Result
 from jaxmethods.adapters.smore.aggregation import apply
 from jaxmethods.adapters.smore.leaves import Params, init
 from jaxmethods.adapters.smore.spec import Spec
+from jaxmethods.sharding import join_tokens, part_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ class SMoRE(Spec):
 
     def apply(self, leaves: Params, call: Call) -> Result:
         """y + delta, and the balance loss over the tokens that `call.token_mask` marks as real."""
-        delta, aux_loss = self.delta(leaves, call.x, token_mask=call.token_mask, key=call.key)
+        delta, aux_loss = self.delta(leaves, call.x, token_mask=call.token_mask, key=call.key, mesh=call.mesh)
         return Result(call.y + delta.astype(call.y.dtype), aux_loss if self.has_loss else None)
 
     def merge(self, leaves: Params, kernel: Float[Array, "d_in d_out"]) -> Float[Array, "d_in d_out"]:
@@ -57,12 +60,18 @@ class SMoRE(Spec):
         *,
         token_mask: Bool[Array | np.ndarray, "*batch"] | None = None,
         key: Key[Array, ""] | None = None,
+        mesh: Any = None,
     ) -> tuple[Float[Array, "*batch d_out"], Float[Array, ""]]:
-        """`apply` for tokens in any number of axes."""
-        flat = x.reshape(-1, x.shape[-1])
-        mask = None if token_mask is None else token_mask.reshape(-1)
-        delta, aux_loss = apply(leaves, flat, self, token_mask=mask, key=key)
-        return delta.reshape(*x.shape[:-1], delta.shape[-1]), aux_loss
+        """`apply` for tokens in any number of axes; with a mesh, x [rows, tokens, d_in] is taken to lie as its batches do.
+
+        Where the mesh splits both rows and tokens, the noise of "noisy_topk" is drawn in another order of tokens.
+        """
+        shape = x.shape[:-1]
+        rows = shape if len(shape) == 2 else (1, math.prod(shape))
+        join = lambda a: join_tokens(jnp.asarray(a).reshape(*rows, *a.shape[len(shape) :]), mesh)
+        mask = None if token_mask is None else join(token_mask)
+        delta, aux_loss = apply(leaves, join(x), self, token_mask=mask, key=key)
+        return part_tokens(delta, rows, mesh).reshape(*shape, -1), aux_loss
 
 
 def MixLoRA(experts: int = 8, fanout: int = 2, rank: int = 8, gate: str = "switch", **options: Any) -> SMoRE:
