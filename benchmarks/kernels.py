@@ -222,11 +222,14 @@ def measure(o: Options) -> None:
     """What a child process does: prints one JSON object."""
     import jax
 
-    where, name, implementation, step = str(o.child).split("|")
+    where, name, *case = str(o.child).split("|")
     operation = OPERATIONS[name]
     if where != "cpu":
-        print(json.dumps(compiled(operation.make(implementation, step, **operation.tpu), where)))
+        cases = [(form, step) for step in operation.steps for form in operation.on_tpu]
+        made = {f"{form}|{step}": compiled(operation.make(form, step, **operation.tpu), where) for form, step in cases}
+        print(json.dumps(made))
         return
+    implementation, step = case
     work = operation.make(implementation, step, **operation.cpu)
     draw = lambda i, x: (
         jax.random.normal(jax.random.key(i), x.shape, x.dtype)
@@ -269,20 +272,29 @@ def main(o: Options) -> None:
         measure(o)
         return
     chosen = {name: operation for name, operation in OPERATIONS.items() if name.startswith(o.only)}
-    targets = ("cpu", *(o.topologies if importlib.util.find_spec("libtpu") else ()))
     results: dict[str, list[dict[str, float]]] = {}
+    run = lambda case: processes.run(
+        __file__, [f"--repeats={o.repeats}", f"--child={case}"], o.threads, {"TPU_SKIP_MDS_QUERY": "1"}
+    )
+
+    def keep(case: str, found: dict[str, float], turn: int = 0) -> None:
+        results.setdefault(case, []).append(found)
+        print(f"round {turn + 1} of {o.rounds}: {case} {found}", file=sys.stderr, flush=True)
+
+    for topology in o.topologies if importlib.util.find_spec("libtpu") else ():
+        for name in chosen:  # nothing is timed there: one process compiles all forms
+            for case, found in run(f"{topology}|{name}").items():
+                keep(f"{topology}|{name}|{case}", found)
+    measured = [
+        f"cpu|{name}|{form}|{step}"
+        for name, operation in chosen.items()
+        for step in operation.steps
+        for form in operation.on_cpu
+        if operation.cpu is not None
+    ]
     for turn in range(o.rounds):
-        for where in targets if turn == 0 else ("cpu",):
-            for name, operation in chosen.items():
-                if where == "cpu" and operation.cpu is None:
-                    continue
-                for step in operation.steps:
-                    for implementation in operation.on_cpu if where == "cpu" else operation.on_tpu:
-                        case = f"{where}|{name}|{implementation}|{step}"
-                        arguments = [f"--repeats={o.repeats}", f"--child={case}"]
-                        found = processes.run(__file__, arguments, o.threads, {"TPU_SKIP_MDS_QUERY": "1"})
-                        results.setdefault(case, []).append(found)
-                        print(f"round {turn + 1} of {o.rounds}: {case} {found}", file=sys.stderr, flush=True)
+        for case in measured:
+            keep(case, run(case), turn)
     text = table(o, chosen, results)
     print(text)
     if o.to:
