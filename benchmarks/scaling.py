@@ -4,8 +4,8 @@
     python benchmarks/scaling.py --to docs/pods.md
 
 Each row is one `jaxmethods plan CONFIG --topology ... --json` in a process of its own, kept in `--rows` with its date, the
-compiler's version and the processor, and the processor's seconds that the whole process took (what other work on the machine
-does not change). The same command goes on where it stopped and compiles only rows that are missing;
+compiler's version and the processor, and the processor's seconds that the whole process took: what other work on the machine
+stretches least. The same command goes on where it stopped and compiles only rows that are missing;
 `--only NAME` takes one table. Of the file `--to`, what stands under the line that `MARK` names is written anew, and the picture
 beside it; the words above it are kept. Nothing is run: bytes and programs are the compiler's own, rates are published ones.
 """
@@ -193,7 +193,7 @@ def table(name: str, rows: list[dict[str, Any]], planned: int) -> str:
         f"{each('date')}, libtpu {each('libtpu')}, jax {each('jax')}, compiled on two cores of: {each('cpu')}.{missing}",
         "",
         "| step | target | rows x length | fits | state, GiB | temporaries, GiB | total of limit, GiB | TFLOPs | sent, GiB: "
-        "all-gather, all-reduce, reduce-scatter, other | seconds: compute, memory, links | bound | compiled in, s (processor) |",
+        "all-gather, all-reduce, reduce-scatter, other | seconds: compute, memory, links | bound | compiled in, processor s |",
         "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- | --- | ---: |",
     ]
     return "\n".join(lines + [_line(row) for row in rows]) + "\n"
@@ -216,7 +216,7 @@ def _line(row: Mapping[str, Any]) -> str:
         "yes" if row["fits"] else "no",
         gib(state), gib(needs["total"] - state), f"{gib(needs['total'])} of {gib(needs['limit'])}",
         f"{row['flops_per_device'] / 1e12:.0f}", ", ".join(map(gib, told)), rates, row["bound"],
-        f"{row['compile_seconds']:.0f} ({row['processor_seconds']:.0f})",
+        f"{row['processor_seconds']:.0f}",
     )  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 

@@ -1,5 +1,6 @@
 """Every test runs on eight fake CPU devices, with the array types of all public functions checked."""
 
+import importlib.util
 import os
 from collections import Counter
 from importlib import metadata
@@ -7,11 +8,12 @@ from importlib import metadata
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The suite's time is compilation of small programs; unoptimised ones compile in half the time, and in half of that again by the
-# emitter that jax 0.10 still has beside the newer one.
+# emitter that jaxlib 0.10 still has beside the newer one. (libtpu reads these flags too, and does not know the second.)
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0"
-    + (" --xla_cpu_use_fusion_emitters=false" if metadata.version("jaxlib").startswith("0.10.") else ""),
+    + " --xla_cpu_use_fusion_emitters=false"
+    * (metadata.version("jaxlib").startswith("0.10.") and importlib.util.find_spec("libtpu") is None),
 )
 
 import jax

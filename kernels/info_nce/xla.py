@@ -117,7 +117,11 @@ def _bwd(settings: _Settings, residuals, g: Float[Array, "N"]):  # type: ignore[
     g_rows, g_columns = (_blocks(g, x.shape[1]) for x in (mine.scale, theirs.scale))
     share = 0.5 if settings.symmetric else 1.0
 
-    def block(at_home: Any, i: Any, j: Any, theirs: _Side, columns: Any, d_query: Array, d_targets: Array) -> Any:
+    axes = varying_axes(queries)
+    zeros = lambda x: vary(jnp.zeros(x.shape, jnp.float32), axes)
+
+    # Gradients of the embeddings are summed with their scales in them, so that the sums are the results and need no copy.
+    def block(at_home: Any, i: Any, j: Any, theirs: _Side, columns: Any, d_query: Any, d_theirs: Any) -> Any:
         (q, a, _), (t, b, _) = query, target = _at(mine, i), _at(theirs, j)
         logits, is_pair = _logits(query, target, at_home)
         g, row_lse = _at((g_rows, lse), i)
@@ -125,33 +129,34 @@ def _bwd(settings: _Settings, residuals, g: Float[Array, "N"]):  # type: ignore[
         if columns is not None:
             g, column_lse = _at(columns, j)
             d += share * g * jnp.exp(logits - column_lse)
-        d_query += _product("nm,md->nd", (d * b).astype(t.dtype), t)
-        return d_query, d_targets.at[j].add(_product("nm,nd->md", (d * a[:, None]).astype(q.dtype), q))
+        plain = d * _product("nd,md->nm", q, t)
+        d *= a[:, None] * b
+        (of_rows, of_scale), (of_theirs, of_their_scale) = d_query, d_theirs
+        d_query = of_rows + _product("nm,md->nd", d.astype(t.dtype), t), of_scale + (plain * b).sum(axis=1)
+        of_theirs = of_theirs.at[j].add(_product("nm,nd->md", d.astype(q.dtype), q))
+        return d_query, (of_theirs, of_their_scale.at[j].add((plain * a[:, None]).sum(axis=0)))
 
     def travel(at_home: Any, state: Any) -> Any:
-        theirs, columns, d_targets, d_queries = state
+        theirs, columns, d_theirs, d_mine = state
 
         def row(i: Any, state: Any) -> Any:
-            d_queries, d_targets = state
+            d_mine, d_theirs = state
             step = lambda j, s: block(at_home, i, j, theirs, columns, *s)
-            d_query, d_targets = _over(len(theirs.rows), step, (d_queries[i], d_targets))
-            return d_queries.at[i].set(d_query), d_targets
+            d_query, d_theirs = _over(len(theirs.rows), step, (_at(d_mine, i), d_theirs))
+            return jax.tree.map(lambda whole, part: whole.at[i].set(part), d_mine, d_query), d_theirs
 
-        d_queries, d_targets = _over(len(mine.rows), row, (d_queries, d_targets))
-        return theirs, columns, d_targets, d_queries
+        d_mine, d_theirs = _over(len(mine.rows), row, (d_mine, d_theirs))
+        return theirs, columns, d_theirs, d_mine
 
     columns = None if column_lse is None else (g_columns, column_lse)
-    zeros = lambda side: jnp.zeros(side.rows.shape, jnp.float32)
-    state = vary((theirs, columns, zeros(theirs), zeros(mine)), varying_axes(queries))
-    _, _, d_targets, d_queries = _round(settings, travel, state, travels=3)
-
-    def of_side(d: Array, rows: Array, scale: Array) -> tuple[Array, Array]:
-        d = _join(d, len(rows))
-        return (d * scale[:, None]).astype(rows.dtype), (d * rows.astype(jnp.float32)).sum(axis=1)
-
-    d_queries, d_query_scale = of_side(d_queries, queries, query_scale)
-    d_targets, d_target_scale = of_side(d_targets, targets, target_scale)
-    return d_queries, d_targets, d_query_scale.astype(query_scale.dtype), d_target_scale.astype(target_scale.dtype)
+    sums = lambda side: (zeros(side.rows), zeros(side.scale))
+    state = *vary((theirs, columns), axes), sums(theirs), sums(mine)
+    *_, d_theirs, d_mine = _round(settings, travel, state, travels=3)
+    (d_queries, d_query_scale), (d_targets, d_target_scale) = (
+        tuple(_join(x, len(queries)) for x in side) for side in (d_mine, d_theirs)
+    )
+    found = d_queries, d_targets, d_query_scale, d_target_scale
+    return tuple(d.astype(x.dtype) for d, x in zip(found, (queries, targets, query_scale, target_scale), strict=True))
 
 
 _info_nce.defvjp(_fwd, _bwd)

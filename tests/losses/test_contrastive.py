@@ -156,10 +156,13 @@ def test_pairs_by_pairs_is_never_held():
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize(("topology", "part"), list(zip(TOPOLOGIES, (16, 12, 16), strict=True)))
-def test_nor_on_a_tpu(topology, part):
-    """Two float32 gradients before they are scaled, 192 MiB, and a bfloat16 copy of one side, 48; on v5p another 68."""
-    assert report(topology, value_and_gradients, *MANY).temporaries < 32_768**2 * 4 / part
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_nor_by_the_kernel_on_a_tpu(topology):
+    """A bfloat16 copy of one side, 48 MiB; on v5p another 68. (The loss adds the norms' gradients in a copy of both sides.)"""
+    loss = lambda *arrays: kernels.info_nce(*arrays).mean()
+    scale = jax.ShapeDtypeStruct((32_768,), jnp.float32)
+    found = report(topology, jax.value_and_grad(loss, (0, 1, 2, 3)), *MANY[:2], scale, scale)
+    assert found.temporaries < 32_768**2 * 4 / 30
 
 
 def test_wrong_arguments_say_so():
