@@ -114,38 +114,43 @@ def join_tokens(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     """[rows, tokens, ...] as [rows x tokens, ...], in an order that leaves each device the tokens it has.
 
     Where rows and tokens are both split, no one axis in their plain order could lie as they do, and XLA would gather them.
-    `part_tokens` undoes it.
+    How the other axes lie is left to XLA. `part_tokens` undoes it.
     """
-    of_rows, of_tokens = _splits(x.shape, mesh)
+    of_rows, of_tokens = _token_axes(x.shape, mesh)
     rows, tokens, *rest = x.shape
-    if len(of_tokens) == 0:
+    if mesh is None or not of_tokens:
         return x.reshape(-1, *rest)
-    assert mesh is not None
-    a, b = (math.prod(mesh.shape[name] for name in names) for names in (of_rows, of_tokens))
-    blocks = x.reshape(a, rows // a, b, tokens // b, *rest)
-    joined = blocks.swapaxes(1, 2).reshape(-1, *rest)
-    return jax.lax.with_sharding_constraint(joined, NamedSharding(mesh, P((*of_rows, *of_tokens))))
+    a, b = _size(of_rows, mesh), _size(of_tokens, mesh)
+    joined = x.reshape(a, rows // a, b, tokens // b, *rest).swapaxes(1, 2).reshape(-1, *rest)
+    return _lies(joined, mesh, (*of_rows, *of_tokens))
 
 
 def part_tokens(x: jax.Array, shape: Sequence[int], mesh: Mesh | None) -> jax.Array:
     """[rows x tokens, ...] of `join_tokens` as [rows, tokens, ...]; `shape` begins with rows and tokens."""
-    of_rows, of_tokens = _splits(shape, mesh)
+    of_rows, of_tokens = _token_axes(shape, mesh)
     (rows, tokens), rest = shape[:2], x.shape[1:]
-    if len(of_tokens) == 0:
+    if mesh is None or not of_tokens:
         return x.reshape(rows, tokens, *rest)
-    assert mesh is not None
-    a, b = (math.prod(mesh.shape[name] for name in names) for names in (of_rows, of_tokens))
-    return split_tokens(
-        x.reshape(a, b, rows // a, tokens // b, *rest).swapaxes(1, 2).reshape(rows, tokens, *rest), mesh
-    )
+    a, b = _size(of_rows, mesh), _size(of_tokens, mesh)
+    parted = x.reshape(a, b, rows // a, tokens // b, *rest).swapaxes(1, 2).reshape(rows, tokens, *rest)
+    return _lies(parted, mesh, of_rows, of_tokens)
 
 
-def _splits(shape: Sequence[int], mesh: Mesh | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The axes of more than one device over which the rows lie, and over which their tokens do."""
-    if mesh is None:
-        return (), ()
-    axes = [entry if isinstance(entry, tuple) else (entry,) for entry in tokens_spec(shape, mesh)]
-    return tuple(tuple(n for n in names if n is not None and mesh.shape[n] > 1) for names in axes)  # type: ignore[return-value]
+def _token_axes(shape: Sequence[int], mesh: Mesh | None) -> list[tuple[str, ...]]:
+    """Over which axes of more than one device the rows lie, and over which their tokens do."""
+    spec = ((), ()) if mesh is None else tokens_spec(shape, mesh)
+    names = [entry if isinstance(entry, tuple) else () if entry is None else (entry,) for entry in spec]
+    return [tuple(name for name in entry if mesh is not None and mesh.shape[name] > 1) for entry in names]
+
+
+def _size(axes: Sequence[str], mesh: Mesh) -> int:
+    return math.prod(mesh.shape[name] for name in axes)
+
+
+def _lies(x: jax.Array, mesh: Mesh, *axes: tuple[str, ...]) -> jax.Array:
+    """x with its first axes over these; the others as XLA likes."""
+    free = [P.UNCONSTRAINED] * (x.ndim - len(axes))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*axes, *free)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
