@@ -74,7 +74,7 @@ def command():
         options = {"env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
         if start:
             return subprocess.Popen(line, **options)
-        return subprocess.run(line, timeout=300, **options)
+        return subprocess.run(line, timeout=600, **options)
 
     return run
 
