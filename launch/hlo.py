@@ -229,10 +229,16 @@ def _constant(instruction: Instruction | None) -> int | None:
 def collectives(program: Program, devices: int) -> list[Collective]:
     """What devices send each other in one run, by kind, group and origin, the largest first."""
     found: dict[tuple[str, tuple[tuple[int, ...], ...], str], tuple[int, int]] = {}
-    for instruction, computation, times in _with_fused(program):
+    steps: set[tuple[int, str]] = set()
+    for instruction, computation, runs_in, times in _with_fused(program):
         kind = instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
+        channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+        if channel is not None and computation is not runs_in:  # one step of a collective that several fusions carry on
+            if (id(runs_in), channel[1]) in steps:
+                continue
+            steps.add((id(runs_in), channel[1]))
         if kind == "all-reduce" and _is_scattered(instruction, computation):
             kind = "reduce-scatter"
         inputs = sum(computation[name].bytes for name in instruction.operands if name in computation)
@@ -252,13 +258,18 @@ def _is_scattered(reduce: Instruction, computation: dict[str, Instruction]) -> b
     return bool(uses) and all(i.opcode == "dynamic-slice" for i in uses)
 
 
-def _with_fused(program: Program) -> Iterator[tuple[Instruction, dict[str, Instruction], int]]:
-    """As `runs`, with what stands inside of fusions: a TPU's compiler puts collectives there."""
+def _with_fused(
+    program: Program,
+) -> Iterator[tuple[Instruction, dict[str, Instruction], dict[str, Instruction], int]]:
+    """As `runs`, with what stands inside of fusions: a TPU's compiler puts collectives there.
+
+    (instruction, its computation, the one that runs it, how often).
+    """
     for instruction, computation, times in runs(program):
-        yield instruction, computation, times
+        yield instruction, computation, computation, times
         if instruction.opcode == "fusion":
-            for inner in _inside(program, str(instruction.attribute("calls"))):
-                yield *inner, times
+            for inner, inside in _inside(program, str(instruction.attribute("calls"))):
+                yield inner, inside, computation, times
 
 
 def _inside(program: Program, name: str) -> list[tuple[Instruction, dict[str, Instruction]]]:

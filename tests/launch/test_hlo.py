@@ -163,6 +163,26 @@ ENTRY %main (x: f32[1000]) -> f32[1000] {
     assert hlo.memory_traffic(hlo.parse(text)) == 4000 + 0 + 4000
 
 
+def test_a_collective_that_several_fusions_carry_on_counts_once():
+    """How v5e's compiler spreads a gather over products: each step stands in a fusion of its own, on one channel."""
+    step = """%step.{0} (p: f32[10]) -> f32[40] {{
+  %p = f32[10]{{0}} parameter(0)
+  ROOT %g.{0} = f32[40]{{0}} all-gather(%p), channel_id={1}, replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}
+}}
+
+"""
+    text = "HloModule step\n\n" + "".join(step.format(n, channel) for n, channel in enumerate((7, 7, 8)))
+    text += """ENTRY %main (x: f32[10]) -> f32[40] {
+  %x = f32[10]{0} parameter(0)
+  %a = f32[40]{0} fusion(%x), kind=kOutput, calls=%step.0
+  %b = f32[40]{0} fusion(%x), kind=kOutput, calls=%step.1
+  ROOT %c = f32[40]{0} fusion(%x), kind=kOutput, calls=%step.2
+}
+"""
+    (gathered,) = hlo.collectives(hlo.parse(text), 4)
+    assert (gathered.kind, gathered.times, gathered.bytes) == ("all-gather", 2, 2 * 160)
+
+
 def test_what_a_kernel_says_of_itself_may_hold_line_breaks():
     """JAX's splash attention writes its blocks so. What comes after it in the loop's body is counted too."""
     text = """HloModule step
