@@ -254,10 +254,8 @@ def compiled(work: Work, topology: str) -> dict[str, float]:
 
     program, text = targets.compile_on_one(topology, work.run, *work.shapes)
     kernels = cost.count(work.run, *work.shapes).kernel_bytes
-    moved, chip = (
-        hlo.memory_traffic(hlo.parse(text), kernels=False) + kernels,
-        targets.chip_of(targets.devices_of(topology)[0]),
-    )
+    moved = hlo.memory_traffic(hlo.parse(text), kernels=False) + kernels
+    chip = targets.chip_of(targets.devices_of(topology)[0])
     return {
         "temporaries": program.memory_analysis().temp_size_in_bytes, "moved": moved,
         "compute": None if work.flops is None else work.flops / chip.flops, "memory": moved / chip.memory_rate,

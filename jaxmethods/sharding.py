@@ -79,13 +79,17 @@ def spec_for(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules) -> P:
 
 def _that_divide(entry: Any, size: int, mesh: Mesh) -> Any:
     """The longest prefix of a spec's entry whose mesh axes divide the dimension."""
-    names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
     kept: tuple[str, ...] = ()
-    for name in names:
+    for name in _names(entry):
         if size % math.prod(mesh.shape[n] for n in (*kept, name)):
             break
         kept = (*kept, name)
     return kept if len(kept) > 1 else kept[0] if kept else None
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that a spec's entry names."""
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
 
 def shardings_for(shapes: tree.Tree, mesh: Mesh, rules: Rules) -> tree.Tree:
@@ -138,9 +142,9 @@ def part_tokens(x: jax.Array, shape: Sequence[int], mesh: Mesh | None) -> jax.Ar
 
 def _token_axes(shape: Sequence[int], mesh: Mesh | None) -> list[tuple[str, ...]]:
     """Over which axes of more than one device the rows lie, and over which their tokens do."""
-    spec = ((), ()) if mesh is None else tokens_spec(shape, mesh)
-    names = [entry if isinstance(entry, tuple) else () if entry is None else (entry,) for entry in spec]
-    return [tuple(name for name in entry if mesh is not None and mesh.shape[name] > 1) for entry in names]
+    if mesh is None:
+        return [(), ()]
+    return [tuple(name for name in _names(entry) if mesh.shape[name] > 1) for entry in tokens_spec(shape, mesh)]
 
 
 def _size(axes: Sequence[str], mesh: Mesh) -> int:

@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jaxmethods import quantization, sharding, tree
+from jaxmethods.kernels.attention import splash
 from jaxmethods.launch import cost, hlo, plot, targets
 from jaxmethods.launch.assembly import Assembly, assemble, model_shapes
 from jaxmethods.launch.config import Mesh, Run
@@ -108,7 +109,7 @@ def arrangements(run: Run, devices: int) -> list[dict[str, Any]]:
     plain = [{"mesh": mesh, "accumulate": parts} for mesh in meshes for parts in (1, 2, 4)]
     sizes = [size for size in (2, 4, 8) if devices % size == 0]
     copies = [Mesh(size, devices // size) for size in sizes if size < devices]
-    splits = [Mesh(1, devices // size, 1, size) for size in sizes if run.data.sequence_length % (128 * size) == 0]
+    splits = [Mesh(1, devices // size, 1, size) for size in sizes if splash.supports(run.data.sequence_length, size)]
     changes = plain + [{"mesh": mesh, "accumulate": 1} for mesh in (*copies, *splits)]
     rows = lambda change: change["mesh"].data * change["mesh"].fsdp * change["accumulate"]
     return [change for change in changes if run.batch_size % rows(change) == 0]
@@ -150,10 +151,8 @@ def _examined(assembly: Assembly, devices: Sequence[Any], *, compiles: bool) -> 
     """What a step costs: counted from the program and, where it compiles, read from what the compiler made of it."""
     with jax.set_mesh(assembly.mesh):  # by which a kernel outside of `shard_map`, on one device, is told its target
         traced = assembly.step.trace(assembly.state, assembly.frozen, assembly.batch())
-        compiled = _compiled(assembly, devices, traced) if compiles else _NOT_COMPILED
     counted = cost.count_traced(traced)
-    if compiled["memory_traffic_per_device"] is not None:
-        compiled["memory_traffic_per_device"] += round(counted.kernel_bytes / len(devices))
+    compiled = _compiled(assembly, devices, traced, counted) if compiles else _NOT_COMPILED
     flops = {
         "flops_per_step": counted.flops, "flops_per_device": counted.flops / len(devices),
         "counted_once": list(counted.unknown_loops),
@@ -166,13 +165,17 @@ _NOT_COMPILED: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _compiled(assembly: Assembly, devices: Sequence[Any], traced: jax.stages.Traced) -> dict[str, Any]:
-    """What the compiler says of the step; the memory traffic is without that of Pallas kernels."""
+def _compiled(
+    assembly: Assembly, devices: Sequence[Any], traced: jax.stages.Traced, counted: cost.Cost
+) -> dict[str, Any]:
+    """What the compiler says of the step; of what its Pallas kernels move, what was counted."""
     chip = targets.chip_of(devices[0])
     limit = None if chip is None or chip.memory is None else int(chip.memory)
     start = time.perf_counter()
+    with jax.set_mesh(assembly.mesh):
+        lowered = traced.lower()
     try:
-        compiled, text = targets.compile_for(traced.lower(), devices[0].platform)
+        compiled, text = targets.compile_for(lowered, devices[0].platform)
     except jax.errors.JaxRuntimeError as error:
         told = _OUT_OF_MEMORY.search(str(error))
         if told is None:
@@ -203,7 +206,8 @@ def _compiled(assembly: Assembly, devices: Sequence[Any], traced: jax.stages.Tra
         "bytes_per_device": memory | {"limit": limit},
         "fits": None if limit is None else memory["total"] <= limit,
         "collectives": kinds,
-        "memory_traffic_per_device": hlo.memory_traffic(program, kernels=False),
+        "memory_traffic_per_device": hlo.memory_traffic(program, kernels=False)
+        + round(counted.kernel_bytes / len(devices)),
         "compile_seconds": round(time.perf_counter() - start, 2),
     }
 

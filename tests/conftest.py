@@ -11,9 +11,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # emitter that jaxlib 0.10 still has beside the newer one. (libtpu reads these flags too, and does not know the second.)
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0"
-    + " --xla_cpu_use_fusion_emitters=false"
-    * (metadata.version("jaxlib").startswith("0.10.") and importlib.util.find_spec("libtpu") is None),
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    if metadata.version("jaxlib").startswith("0.10.") and importlib.util.find_spec("libtpu") is None
+    else "--xla_backend_optimization_level=0",
 )
 
 import jax

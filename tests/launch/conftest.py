@@ -68,13 +68,13 @@ def shop(tmp_path_factory):
 def command():
     """Runs `jaxmethods ...` as a process: command("train", "recipe.py") -> CompletedProcess; or starts it."""
 
-    def run(*arguments, start=False, devices=1, **options):
+    def run(*arguments, start=False, devices=1, timeout=300, **options):
         environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", "COLUMNS": "120"}
         line = [sys.executable, "-m", "jaxmethods.launch.cli", *map(str, arguments)]
         options = {"env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
         if start:
             return subprocess.Popen(line, **options)
-        return subprocess.run(line, timeout=600, **options)
+        return subprocess.run(line, timeout=timeout, **options)
 
     return run
 

@@ -37,15 +37,19 @@ def test_a_wrong_recipe(refused, shop, tmp_path, old, new, says):
     ("old", "new", "line", "says"),
     [
         ("", "", "trian x.py", "did you mean 'train'"),
-        ("", "", "train {} --distributed", "--distributed found no cluster of SLURM, Open MPI, Kubernetes or Cloud TPU here"),
-        ("steps=12", "stepz=12", "train {}", "Run has no field 'stepz'; did you mean 'steps'?"),
-        ('"q_proj"', '"q_prj"', "train {}", "'q_prj' matches no linear layer"),
+        (
+            "", "", "train {} --workdir {} --distributed",
+            "--distributed found no cluster of SLURM, Open MPI, Kubernetes or Cloud TPU here",
+        ),
+        ("steps=12", "stepz=12", "train {} --workdir {}", "Run has no field 'stepz'; did you mean 'steps'?"),
+        ('"q_proj"', '"q_prj"', "train {} --workdir {}", "'q_prj' matches no linear layer"),
     ],
 )  # fmt: skip
 def test_what_is_refused_in_a_process_of_its_own(command, shop, tmp_path, old, new, line, says):
-    done = command(*line.format(recipe(shop, tmp_path, old, new)).split())
+    done = command(*line.format(recipe(shop, tmp_path, old, new), tmp_path / "run").split())
     assert done.returncode == 2 and done.stdout == "", done
     assert says in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_wrong_files_and_flags(refused, shop, tmp_path):
