@@ -45,7 +45,7 @@ def quantize(module: Any, params: Tree, kind: str) -> tuple[Any, Tree]:
             "the model has adapters, which start from the kernels they see; quantise it, then attach them."
         )
     codes = jax.jit(functools.partial(quantized.quantize, kind=kind))
-    for layer in [path.removesuffix("/kernel") for path in flat if path.endswith("/kernel")]:
+    for layer in [path.removesuffix("/kernel") for path in flat if path.endswith("/kernel") and is_quantizable(path)]:
         require_blocks(layer, flat[f"{layer}/kernel"].shape[-2])
         flat |= leaves(layer, codes(flat[f"{layer}/kernel"]))
     return module.clone(quantization=kind), tree.unflatten(flat)
@@ -57,6 +57,11 @@ def dequantize(module: Any, params: Tree) -> tuple[Any, Tree]:
     for layer, _ in list(_quantized(flat)):
         open_in(flat, layer, getattr(module, "param_dtype", jnp.float32))
     return (module.clone(quantization=None) if is_quantized(module) else module), tree.unflatten(flat)
+
+
+def is_quantizable(path: str) -> bool:
+    """Whether a kernel is one of a decoder's layers: what a model sees with stays in float."""
+    return not path.startswith(("vision_tower/", "projector/"))
 
 
 def open_in(flat: dict[str, Any], layer: str, dtype: Any = jnp.float32) -> bool:

@@ -109,6 +109,18 @@ def split_tokens(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, tokens_spec(x.shape, mesh)))
 
 
+def split_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Under `jax.jit`: x [rows, ...] with its rows over `data` and `fsdp`, its other axes whole; as it is without a mesh."""
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rows_spec(x.shape, mesh)))
+
+
+def rows_spec(shape: Sequence[int], mesh: Mesh) -> P:
+    """How an array [rows, ...] lies: its rows as a batch's, as far as the mesh divides them."""
+    return P(_that_divide(BATCH[0], shape[0], mesh))
+
+
 def tokens_spec(shape: Sequence[int], mesh: Mesh) -> P:
     """How an array [rows, tokens, ...] lies: as a batch does, as far as the mesh divides it."""
     return P(*(_that_divide(entry, size, mesh) for entry, size in zip(BATCH, shape[:2], strict=True)))
@@ -162,9 +174,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """[rows, tokens] of a batch over `data` and `fsdp`, and `sequence`."""
-    return NamedSharding(mesh, BATCH)
+def batch_sharding(mesh: Mesh, name: str = "tokens") -> NamedSharding:
+    """Where an array of a batch lies: [rows, tokens, ...] over `data` and `fsdp`, and `sequence`; [rows, ...] of pictures
+    ("pixels", or "VIEW/pixels") over the rows alone."""
+    return NamedSharding(mesh, P(BATCH[0]) if name.rpartition("/")[2] == "pixels" else BATCH)
 
 
 def rows_here(rows: int, mesh: Mesh) -> list[int]:
@@ -178,16 +191,16 @@ def rows_here(rows: int, mesh: Mesh) -> list[int]:
 
 
 def place_rows(batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """The global batch of `rows` rows, from arrays [rows here, tokens] that hold those of `rows_here` in its order."""
-    placed, here = batch_sharding(mesh), rows_here(rows, mesh)
+    """The global batch of `rows` rows, from arrays [rows here, ...] that hold those of `rows_here` in its order."""
+    here = rows_here(rows, mesh)
 
-    def place(values: np.ndarray) -> jax.Array:
+    def place(name: str, values: np.ndarray) -> jax.Array:
         def block(index: tuple[slice, ...] | None) -> np.ndarray:
-            of_rows, of_tokens = index or (slice(None), slice(None))
+            of_rows, *others = index or (slice(None),)
             start, stop, _ = of_rows.indices(rows)
             first = bisect.bisect_left(here, start)  # a device's rows are neighbours, and so they are here
-            return values[first : first + stop - start, of_tokens]
+            return values[first : first + stop - start, *others]
 
-        return jax.make_array_from_callback((rows, *values.shape[1:]), placed, block)
+        return jax.make_array_from_callback((rows, *values.shape[1:]), batch_sharding(mesh, name), block)
 
-    return {name: place(values) for name, values in batch.items()}
+    return {name: place(name, values) for name, values in batch.items()}

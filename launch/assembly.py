@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxmethods import adapters, models, quantization, sharding, training, tree
+from jaxmethods import adapters, data, models, quantization, sharding, training, tree
 from jaxmethods.kernels.attention import splash
 from jaxmethods.launch.config import Run
 from jaxmethods.tree import Tree
@@ -36,6 +36,8 @@ class Assembly:
     state: training.State
     fixed: Tree
     """Adapters' leaves that are not trained."""
+    own: Tree
+    """The objective's parameters, which are all trained."""
     step: Any
     """Jitted `step(state, frozen, batch) -> (state, metrics)`; the state is donated."""
     evaluate: Any
@@ -49,10 +51,23 @@ class Assembly:
 
     def batch(self, rows: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of a batch."""
-        shape = (rows or self.run.batch_size, self.run.data.sequence_length)
-        kinds = {"tokens": jnp.int32, "target_mask": jnp.bool_, "segment_ids": jnp.int32, "positions": jnp.int32}
-        placed = sharding.batch_sharding(self.mesh)
-        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for name, dtype in kinds.items()}
+        shapes = data.batch_shapes(self.run.data, rows or self.run.batch_size, sight=self.sight, views=self.views)
+        place = lambda name: sharding.batch_sharding(self.mesh, name)
+        return {name: jax.ShapeDtypeStruct(*shape, sharding=place(name)) for name, shape in shapes.items()}
+
+    @property
+    def sight(self) -> Any:
+        """How the model sees; None where it reads text alone."""
+        return getattr(self.module, "sight", None)
+
+    @property
+    def views(self) -> Any:
+        """The views that the objective takes of each row; None where it takes rows as they are."""
+        return views_of(self.run)
+
+    def initial_own(self) -> Tree:
+        """The objective's parameters before the first step."""
+        return jax.device_put(_own_leaves(self.run, self.module), sharding.replicated(self.mesh))
 
     def initial_adapters(self, base: Tree, key: jax.Array, scores: Tree) -> Tree:
         """Fresh adapter leaves over the base's parameters, created where they belong; `scores` as `adapters.init` takes them."""
@@ -69,14 +84,31 @@ class Assembly:
         return jax.jit(make, out_shardings=placements)(trained)
 
 
+def views_of(run: Run) -> Any:
+    """The views that a run's objective takes of each row, or None."""
+    views = getattr(run.objective, "views", None)
+    return None if views is None else views()
+
+
 def model_shapes(run: Run) -> tuple[Any, Tree]:
     """(module, shapes of its parameters) of the run's base model."""
-    return models.shapes(run.model, dtype=jnp.dtype(run.param_dtype), quantize=run.quantize)
+    module, params = models.shapes(run.model, dtype=jnp.dtype(run.param_dtype), quantize=run.quantize)
+    if run.vision is None:
+        return module, params
+    return models.with_eyes_shapes(module, run.vision.tower, **_eyes(run))
 
 
 def load_model(run: Run, mesh: Mesh | None = None) -> tuple[Any, Tree]:
     """(module, parameters) of the run's base model."""
-    return models.load(run.model, dtype=jnp.dtype(run.param_dtype), mesh=mesh, quantize=run.quantize)
+    module, params = models.load(run.model, dtype=jnp.dtype(run.param_dtype), mesh=mesh, quantize=run.quantize)
+    if run.vision is None:
+        return module, params
+    return models.with_eyes(module, params, run.vision.tower, key=jax.random.key(run.seed), mesh=mesh, **_eyes(run))
+
+
+def _eyes(run: Run) -> dict[str, Any]:
+    assert run.vision is not None
+    return {"image_token_id": run.vision.image_token_id, "pool": run.vision.pool}
 
 
 def assemble(run: Run, module: Any, base: Tree, mesh: Mesh) -> Assembly:
@@ -100,20 +132,26 @@ def assemble(run: Run, module: Any, base: Tree, mesh: Mesh) -> Assembly:
             f"evaluation_batch_size={run.evaluation_batch_size} must be a multiple of data x fsdp = {ways}; "
             f"try evaluation_batch_size={-(-(run.evaluation_batch_size or 1) // ways) * ways}."
         )
-    if run.data.sequence_length % mesh.shape["sequence"]:
+    if run.accumulate > 1 and getattr(run.objective, "whole_batches", False):
         raise ValueError(
-            f"data.sequence_length={run.data.sequence_length} must be a multiple of mesh.sequence={mesh.shape['sequence']}."
+            f"accumulate={run.accumulate} would cut the batch, and a pair would have fewer negatives; leave it at 1 and set "
+            "objective.chunk, which holds as little."
         )
+    lengths = {view.length or run.data.sequence_length for view in (views_of(run) or {"": data.View()}).values()}
+    if uneven := sorted(length for length in lengths if length % mesh.shape["sequence"]):
+        name = "data.sequence_length" if uneven[0] == run.data.sequence_length else "objective.embedding_length"
+        raise ValueError(f"{name}={uneven[0]} must be a multiple of mesh.sequence={mesh.shape['sequence']}.")
     module = module.clone(
         dtype=jnp.dtype(run.compute_dtype), remat=run.remat, unroll=run.unroll, mesh=mesh,
-        attention=_attention(module.config, mesh, run.data.sequence_length),
+        attention=_attention(module.config, mesh, lengths),
     )  # fmt: skip
     params = base
     if run.adapters:
         module = adapters.attach(module, run.adapters)
         params = adapters.init_shapes(module, base)
-    chosen = _chosen(run, params)
-    trained, frozen = adapters.partition(params, chosen)
+    own = jax.eval_shape(lambda: _own_leaves(run, module))
+    params = params | own
+    trained, frozen = adapters.partition(params, _chosen(run, params))
     if not jax.tree.leaves(trained):
         raise ValueError(f"trained={run.trained!r} matches no parameter; nothing would be trained.")
     flat = tree.flatten(params)
@@ -147,21 +185,37 @@ def assemble(run: Run, module: Any, base: Tree, mesh: Mesh) -> Assembly:
         out_shardings=(placements, whole),
     )
     evaluate = jax.jit(training.make_evaluation_step(loss_fn), out_shardings=whole)
-    return Assembly(run, mesh, module, tx, place(base), state, place(_adapter_leaves(frozen)), step, evaluate)
+    return Assembly(
+        run, mesh, module, tx, place(base), state, place(_adapter_leaves(frozen)), place(own), step, evaluate
+    )
 
 
-def _attention(config: Any, mesh: Mesh, tokens: int) -> str | None:
+def _attention(config: Any, mesh: Mesh, lengths: set[int]) -> str | None:
     """The TPU's own kernel where the rows fit it; the data room numbers positions as it needs them."""
-    fits = splash.supports(tokens, mesh.shape["sequence"]) and config.window_layers is None
+    fits = all(splash.supports(tokens, mesh.shape["sequence"]) for tokens in lengths) and config.window_layers is None
     return "splash" if fits and mesh.devices.flat[0].platform == "tpu" else None
 
 
 def _chosen(run: Run, params: Tree) -> Any:
-    """Path -> whether it is trained; None for the default of adapters."""
+    """Path -> whether it is trained."""
     if run.trained is not None:
         pattern = re.compile(run.trained)
-        return lambda path: pattern.search(path) is not None
-    return None if run.adapters else lambda path: True
+        return lambda path: path.startswith(_OWN) or pattern.search(path) is not None
+    if not run.adapters:
+        return lambda path: True
+    flat = tree.flatten(params)
+    floats = lambda path: jnp.issubdtype(flat[path].dtype, jnp.floating)
+    return lambda path: path.startswith(_OWN) or (adapters.is_adapter(path) and floats(path))
+
+
+_OWN = "objective/"
+
+
+def _own_leaves(run: Run, module: Any) -> Tree:
+    """{"objective": the objective's own parameters}, or {} where it has none."""
+    init = getattr(run.objective, "init", None)
+    own = {} if init is None else init(module.config.hidden_size)
+    return {"objective": own} if own else {}
 
 
 def _adapter_leaves(params: Tree) -> Tree:
@@ -178,6 +232,7 @@ def _counting_tokens(step: training.step.Step) -> training.step.Step:
 
     def counted(state: training.State, frozen: Tree, batch: Any) -> Any:
         state, metrics = step(state, frozen, batch)
-        return state, metrics | {"tokens": (batch["segment_ids"] > 0).sum()}
+        segments = [x for name, x in batch.items() if name.rpartition("/")[2] == "segment_ids"]
+        return state, metrics | {"tokens": sum((x > 0).sum() for x in segments)}
 
     return counted

@@ -18,11 +18,11 @@ from typing import Any, Literal
 from jaxmethods import tree
 from jaxmethods.adapters import S2FT, DoRA, LoRA, SMoRE
 from jaxmethods.data import Data
-from jaxmethods.objectives import Supervised
+from jaxmethods.objectives import CAFe, Supervised
 from jaxmethods.training import Optimizer
 
 AnyAdapter = LoRA | DoRA | SMoRE | S2FT
-AnyObjective = Supervised
+AnyObjective = Supervised | CAFe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,18 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class Vision:
+    """Eyes for a language model: a vision tower, and a projector that starts at random (`models.with_eyes`)."""
+
+    tower: str
+    """A folder or hub name of a CLIP or SigLIP model, or of an EfficientNet-Lite0 that was converted here."""
+    image_token_id: int
+    """Of a token that the tokenizer knows and texts do not use; stands once for each feature of a picture."""
+    pool: int | None = None
+    """For EfficientNet: average its 7 x 7 features to this many a side."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """A training run.
 
@@ -51,6 +63,8 @@ class Run:
     """Where rows come from and how they become batches."""
     workdir: str
     """Where metrics, checkpoints and the picture go."""
+    vision: Vision | None = None
+    """Eyes for a model that has none; None for a model that reads text alone, or that has its own."""
     adapters: dict[str, AnyAdapter] = dataclasses.field(default_factory=dict)
     """Regex of layers -> adapter. Empty: every parameter is trained, or those that `trained` names."""
     trained: str | None = None

@@ -29,7 +29,7 @@ class Opened:
         if self.run is None:
             return self
         if self.run.trained is not None or not self.run.adapters:
-            return Opened(*models.load(self.run.model, quantize=self.run.quantize), self.tokenizer, None)
+            return Opened(*load_model(self.run), self.tokenizer, None)
         module, params = adapters.detach(self.module, self.params)
         return dataclasses.replace(self, module=module, params=params, run=None)
 

@@ -57,8 +57,9 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
         mesh = sharding.make_mesh(dataclasses.asdict(run.mesh))
         assembly = assemble(run, *model_shapes(run), mesh)
         tokenizer = models.load_tokenizer(run.model)
-        rows, report = data.build(run.data, tokenizer)
-        held_out = data.build(run.data, tokenizer, split="evaluation")[0] if run.data.evaluation else None
+        read: Any = functools.partial(data.build, run.data, tokenizer, sight=assembly.sight, views=assembly.views)
+        rows, report = read()
+        held_out = read(split="evaluation")[0] if run.data.evaluation else None
         batches = iter(_training_batches(assembly, rows))
         _, base = load_model(run, mesh)
 
@@ -75,7 +76,9 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
     restored = checkpoints.restore(assembly.state, assembly.fixed, batches, say=say)
     if restored is None:
         scores = _scores(assembly, base, rows, say)
-        trained, frozen = _split(assembly, base, assembly.initial_adapters(base, init_key, scores))
+        trained, frozen = _split(
+            assembly, base, assembly.initial_own() | assembly.initial_adapters(base, init_key, scores)
+        )
         state = assembly.initial_state(trained, run_key)
         fixed = tree.partition(frozen, lambda path: path in tree.flatten(assembly.fixed))[0]
     else:
@@ -190,7 +193,7 @@ def _scores(assembly: Assembly, base: tree.Tree, rows: Any, say: Callable[[str],
     say(f"choosing channels by {by} over {count * run.batch_size} of {len(rows)} rows")
     batches = itertools.islice(iter(_training_batches(assembly, rows)), count)
     placed = (sharding.place_rows(batch, run.batch_size, assembly.mesh) for batch in batches)
-    return adapters.s2ft.calibrate(assembly.module, base, placed, run.objective.loss_fn)
+    return adapters.s2ft.calibrate(assembly.module, base | assembly.initial_own(), placed, run.objective.loss_fn)
 
 
 def _training_batches(assembly: Assembly, rows: Any) -> data.Batches:
@@ -198,8 +201,9 @@ def _training_batches(assembly: Assembly, rows: Any) -> data.Batches:
     run = assembly.run
     share = sharding.rows_here(run.batch_size, assembly.mesh)
     return data.batches(
-        rows, batch_size=run.batch_size, seed=run.data.seed, share=share, writes=jax.process_index() == 0
-    )
+        rows, batch_size=run.batch_size, seed=run.data.seed, share=share, writes=jax.process_index() == 0,
+        threads=1 if assembly.sight is None else 4,
+    )  # fmt: skip
 
 
 def _share_at_one_second(assembly: Assembly) -> float | None:
@@ -215,9 +219,9 @@ def _share_at_one_second(assembly: Assembly) -> float | None:
     return targets.mfu(cost.count(step, assembly.state, assembly.frozen, assembly.batch()).matmul_flops, 1.0, devices)
 
 
-def _split(assembly: Assembly, base: tree.Tree, adapter_leaves: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
+def _split(assembly: Assembly, base: tree.Tree, leaves: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
     """(trained, frozen) arrays; trained ones in float32."""
-    flat = tree.flatten(base) | tree.flatten(adapter_leaves)
+    flat = tree.flatten(base) | tree.flatten(leaves)
     wanted = tree.flatten(assembly.state.trained)
     trained, frozen = tree.partition(tree.unflatten(flat), lambda path: path in wanted)
     return tree.cast(trained, jnp.float32), frozen
@@ -314,6 +318,7 @@ def _announce(console: Console, assembly: Assembly, report: Any, *, resumed: int
     total = quantization.count(assembly.frozen) + share
     paths = sorted({path.split("/adapter/")[0] for path in trained})
     shown = ", ".join(paths[:4]) + (f", and {len(paths) - 4} more" if len(paths) > 4 else "")
+    parts = {} if assembly.sight is None else {"parts": _parts(assembly)}
     mesh = " x ".join(f"{name}={size}" for name, size in assembly.mesh.shape.items())
     progress.announce(
         console,
@@ -322,6 +327,7 @@ def _announce(console: Console, assembly: Assembly, report: Any, *, resumed: int
             "model": f"{run.model} ({total / 1e6:,.1f} M parameters"
             + (f", linear layers frozen in {run.quantize})" if run.quantize else ")"),
             "trained": f"{share:,} parameters ({share / total:.2%}) in {shown}",
+            **parts,
             "devices": f"{assembly.mesh.size} x {assembly.mesh.devices.flat[0].device_kind} ({mesh})"
             + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""),
             "data": str(report),
@@ -330,6 +336,21 @@ def _announce(console: Console, assembly: Assembly, report: Any, *, resumed: int
             + f", {run.compute_dtype}; {run.steps} steps",
         },
     )
+
+
+def _parts(assembly: Assembly) -> str:
+    """What of a model that sees is trained, part by part, and how fast."""
+    told = []
+    for part in models.PARTS:
+        inside = {p: x for p, x in tree.flatten(assembly.state.trained).items() if models.part_of(p) == part}
+        if not inside:
+            told.append(f"{part} frozen")
+            continue
+        rates = sorted({assembly.run.optimizer.rate_of(path) for path in inside})
+        at = " and ".join(f"{rate:g}" for rate in rates)
+        adapted = " by adapters" if all(adapters.is_adapter(path) for path in inside) else ""
+        told.append(f"{part} {tree.count(inside):,}{adapted} at {at}")
+    return ", ".join(told)
 
 
 def _summary_writer() -> Any:

@@ -48,7 +48,8 @@ def attach(module: nn.Module, adapters: Mapping[str, AnyAdapter]) -> Any:
     """A module like `module` whose linear layers (`nn.Dense`) that match a regex are adapted.
 
     Every public method is adapted. The tokens that `mask` (an argument of that name, [B, T] bool, true at real tokens)
-    marks as padding take no part in auxiliary losses.
+    marks as padding take no part in auxiliary losses; layers that a module's attribute `unmasked` (a regex) finds see other
+    things than tokens, and none of them is padding.
 
     Args:
         module: a Flax Linen module, of this library or another.
@@ -290,8 +291,8 @@ def _intercepted(original: Callable[..., Any]) -> Callable[..., Any]:
 _intercepting: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("_intercepting", default=())
 
 
-def _interceptor(root: Any, mask: Any) -> Callable[..., Any]:
-    depth = len(root.path)
+def _interceptor(root: Any, of_tokens: Any) -> Callable[..., Any]:
+    depth, unmasked = len(root.path), getattr(root, "unmasked", None)
     reports, draws = root.is_mutable_collection("losses"), root.has_rng("dropout")
 
     def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -304,6 +305,7 @@ def _interceptor(root: Any, mask: Any) -> Callable[..., Any]:
         if not matching or layer.path[:depth] != root.path:
             return y
         x = jnp.asarray(args[0] if args else kwargs["inputs"]).astype(y.dtype)
+        mask = None if unmasked is not None and re.search(unmasked, path) else of_tokens
         if mask is not None and any(a.has_loss for a in matching) and jnp.shape(mask) != x.shape[:-1]:
             raise ValueError(
                 f"layer {path!r} sees tokens of shape {x.shape[:-1]} and `mask` has {jnp.shape(mask)}; an adapter with an "

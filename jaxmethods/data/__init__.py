@@ -13,12 +13,15 @@ from jaxmethods.data.config import Data, Source
 from jaxmethods.data.examples import Example, Examples, split_text, truncate
 from jaxmethods.data.packing import Batch, PackedRows, Plan, best_fit, one_each
 from jaxmethods.data.pipeline import Batches, BatchIterator, Mixture, batches, evaluation_batches
+from jaxmethods.data.prompts import prompt_batch
 from jaxmethods.data.sources import Place, Records, open_records, records_in_memory
+from jaxmethods.data.views import Conversation, View, batch_shapes
 
 __all__ = [
     "Batch",
     "BatchIterator",
     "Batches",
+    "Conversation",
     "Data",
     "Example",
     "Examples",
@@ -30,12 +33,15 @@ __all__ = [
     "Renderer",
     "Report",
     "Source",
+    "View",
+    "batch_shapes",
     "batches",
     "best_fit",
     "build",
     "evaluation_batches",
     "one_each",
     "open_records",
+    "prompt_batch",
     "prompt_tokens",
     "records_in_memory",
     "render",

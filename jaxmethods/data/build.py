@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import grain
 import numpy as np
@@ -13,9 +15,10 @@ import numpy as np
 from jaxmethods.data.chat import Renderer, Tokenizer
 from jaxmethods.data.config import Data, Source, as_sources
 from jaxmethods.data.examples import Example, Examples, split_text, truncate
-from jaxmethods.data.packing import PackedRows, best_fit, one_each
+from jaxmethods.data.packing import Batch, PackedRows, best_fit, one_each
 from jaxmethods.data.pipeline import Mixture
-from jaxmethods.data.sources import Record, Records, open_records, records_in_memory
+from jaxmethods.data.sources import Place, Record, Records, open_records, records_in_memory
+from jaxmethods.data.views import Conversation, View, conversation_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Report:
     """What became of the data; reports of several sources add up, and print as one line.
 
     examples: what was laid into rows, `tokens` and `target_tokens` long in all. dropped: had no target.
-    prompts_cut, answers_cut: lost their beginning, their end. texts_split: make several examples.
+    prompts_cut, answers_cut: lost their beginning, their end. texts_split: make several examples. pictures_dropped: their
+    pictures, or all of their answer behind these, do not fit into a row.
     """
 
     sequence_length: int
@@ -32,6 +36,7 @@ class Report:
     prompts_cut: int = 0
     answers_cut: int = 0
     texts_split: int = 0
+    pictures_dropped: int = 0
     tokens: int = 0
     target_tokens: int = 0
     rows: int = 0
@@ -58,6 +63,7 @@ class Report:
                 (self.prompts_cut, "prompts cut"),
                 (self.answers_cut, "answers cut"),
                 (self.texts_split, "texts split"),
+                (self.pictures_dropped, "dropped with pictures that do not fit"),
             )
             if count
         ]
@@ -74,6 +80,8 @@ def build(
     *,
     split: Literal["train", "evaluation"] = "train",
     rows: Sequence[Record] | None = None,
+    sight: Any = None,
+    views: Mapping[str, View] | None = None,
 ) -> tuple[grain.MapDataset, Report]:
     """Reads, tokenises (once), shortens and packs: (random-access rows, what became of the data).
 
@@ -81,18 +89,28 @@ def build(
     Training rows of several sources come as a `Mixture`, evaluation rows one source after the other; hand
     them to `batches` or `evaluation_batches`.
 
-    Raises ValueError where data are missing or come from both; and what `open_records` and `Renderer` raise.
+    sight: of a model that sees, such as `models.VLM.sight`; pictures are opened when a row is drawn.
+    views: readings of each row by name; arrays are then called "NAME/tokens" and so on, and no two rows are packed into one.
+
+    Raises ValueError where data are missing or come from both, or are to be packed and have views; and what `open_records` and
+    `Renderer` raise.
     """
     sources = as_sources(data.train if split == "train" else data.evaluation)
     if rows is not None and sources:
         raise ValueError(f"{split} data come both from {sources[0].path} and from rows in memory; give one of them.")
     if rows is None and not sources:
         raise ValueError(f"no {split} data: set Data({split}='FILE.jsonl'), or give rows in memory.")
+    if views and data.pack:
+        raise ValueError(
+            "this objective reads each row in several ways, so rows cannot share one; set Data(pack=False)."
+        )
     limit = data.evaluation_rows if split == "evaluation" else None
-    if rows is not None:
-        parts = [_lay_out(records_in_memory(rows), Source("rows given in memory"), data, tokenizer, limit)]
-    else:
-        parts = [_lay_out(open_records(source.path), source, data, tokenizer, limit) for source in sources]
+    given = [(records_in_memory(rows), Source("rows given in memory"))] if rows is not None else None
+    lay_out = functools.partial(_lay_out_views, views=views) if views else _lay_out
+    parts = [
+        lay_out(records, source, data, tokenizer, limit, sight)
+        for records, source in given or ((open_records(source.path), source) for source in sources)
+    ]
     laid_out = [grain.MapDataset.source(part) for part, _ in parts]
     report = sum((part_report for _, part_report in parts), start=Report(data.sequence_length))
     if len(laid_out) == 1:
@@ -103,39 +121,142 @@ def build(
 
 
 def _lay_out(
-    records: Records, source: Source, data: Data, tokenizer: Tokenizer, limit: int | None
+    records: Records, source: Source, data: Data, tokenizer: Tokenizer, limit: int | None, sight: Any
 ) -> tuple[PackedRows, Report]:
     """The rows of one source."""
-    counts = dict.fromkeys(("dropped", "prompts_cut", "answers_cut", "texts_split"), 0)
-    rendered = Renderer(tokenizer, source).many(islice(records.placed(), limit))
-    examples = Examples.of(_fitting(rendered, data.sequence_length, tokenizer.bos_token_id, counts))
+    counts = _no_counts()
+    rendered = Renderer(tokenizer, source, sight=sight).many(islice(records.placed(), limit))
+    examples = Examples.of(_fitting(rendered, data.sequence_length, tokenizer.bos_token_id, sight, counts))
     if not len(examples):
         raise ValueError(f"{records.source}: no row has a token to predict; all {counts['dropped']} were dropped.")
     plan = best_fit(examples.lengths, data.sequence_length) if data.pack else one_each(len(examples))
-    rows = PackedRows(examples, plan, data.sequence_length)
-    return rows, Report(
+    rows = PackedRows(examples, plan, data.sequence_length, sight, data.crops)
+    return rows, _report(data, [examples], len(rows), counts)
+
+
+@dataclass(frozen=True)
+class ViewedRows:
+    """Rows of several views: a random-access source of rows whose arrays are called VIEW/ARRAY."""
+
+    views: Mapping[str, PackedRows]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.views.values())))
+
+    def __getitem__(self, row: int) -> Batch:
+        return {f"{name}/{array}": x for name, rows in self.views.items() for array, x in rows[row].items()}
+
+
+def _lay_out_views(
+    records: Records,
+    source: Source,
+    data: Data,
+    tokenizer: Tokenizer,
+    limit: int | None,
+    sight: Any,
+    *,
+    views: Mapping[str, View],
+) -> tuple[ViewedRows, Report]:
+    """The rows of one source, each view apart."""
+    counts = _no_counts()
+    chat = dataclasses.replace(source, form="chat", messages="messages", images="images")
+    eyes = {name: sight if view.pictures else None for name, view in views.items()}
+    renderers = {
+        name: Renderer(tokenizer, chat, sight=eyes[name], marks=view.marks, empty_answers=view.embeds)
+        for name, view in views.items()
+    }
+    kept: dict[str, list[Example]] = {name: [] for name in views}
+    for place, row in islice(records.placed(), limit):
+        conversation = conversation_of(row, source, place)
+        made = [_view(renderers[name], view, conversation, place, data, counts) for name, view in views.items()]
+        if None in made:
+            counts["dropped"] += 1
+            continue
+        for name, example in zip(views, made, strict=True):
+            kept[name].append(example)  # type: ignore[arg-type]
+    examples = {name: Examples.of(of_view) for name, of_view in kept.items()}
+    if not any(map(len, examples.values())):
+        raise ValueError(f"{records.source}: no row has a token to predict; all {counts['dropped']} were dropped.")
+    rows = ViewedRows(
+        {
+            name: PackedRows(
+                of_view, one_each(len(of_view)), views[name].length or data.sequence_length, eyes[name], data.crops
+            )
+            for name, of_view in examples.items()
+        }
+    )
+    return rows, _report(data, list(examples.values()), len(rows), counts)
+
+
+def _view(
+    renderer: Renderer, view: View, conversation: Conversation, place: Place, data: Data, counts: dict[str, int]
+) -> Example | None:
+    """One reading of a row in at most the view's length; None where nothing of it can be predicted."""
+    length = view.length or data.sequence_length
+
+    def read(most: int | None) -> Conversation:
+        try:
+            return view.make(conversation, most)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+
+    def render(most: int | None) -> Example:
+        made = read(most)
+        return renderer({"messages": made.messages, "images": made.images}, place)
+
+    example = render(None)
+    if not view.embeds:
+        rendered = [("chat", example)]
+        return next(_fitting(rendered, length, renderer.tokenizer.bos_token_id, renderer.sight, counts), None)
+    most = sum(len(message["content"]) for message in read(None).messages)
+    counts["answers_cut"] += len(example.tokens) > length
+    while len(example.tokens) > length:
+        if not most:
+            raise ValueError(
+                f"{place}: what stands around the text takes {len(example.tokens)} tokens and a row has {length}; raise "
+                "data.sequence_length."
+            )
+        most = most * length // (len(example.tokens) + 1)
+        example = render(most)
+    return example
+
+
+def _no_counts() -> dict[str, int]:
+    return dict.fromkeys(("dropped", "prompts_cut", "answers_cut", "texts_split", "pictures_dropped"), 0)
+
+
+def _report(data: Data, examples: Sequence[Examples], rows: int, counts: dict[str, int]) -> Report:
+    return Report(
         data.sequence_length,
-        examples=len(examples),
-        tokens=len(examples.tokens),
-        target_tokens=int(np.count_nonzero(examples.target_mask)),
-        rows=len(rows),
+        examples=sum(map(len, examples)),
+        tokens=sum(len(of_view.tokens) for of_view in examples),
+        target_tokens=sum(int(np.count_nonzero(of_view.target_mask)) for of_view in examples),
+        rows=rows * len(examples),
         **counts,
     )
 
 
 def _fitting(
-    rendered: Iterable[tuple[str, Example]], length: int, bos_id: int | None, counts: dict[str, int]
+    rendered: Iterable[tuple[str, Example]], length: int, bos_id: int | None, sight: Any, counts: dict[str, int]
 ) -> Iterator[Example]:
     """The examples in at most `length` tokens; counts what was done to them."""
     for form, example in rendered:
-        if form == "text":
+        if example.pictures and len(example.tokens) > length:
+            of_images = np.flatnonzero(example.tokens == sight.image_token_id)
+            shorter = Example(example.tokens[:length], example.target_mask[:length], example.pictures)
+            if of_images[-1] >= length or not shorter.target_mask.any():
+                counts["pictures_dropped"] += 1
+                continue
+            counts["answers_cut"] += 1
+            pieces = [shorter]  # a prompt with pictures is not cut: a part of a picture means nothing
+        elif form == "text":
             pieces = split_text(example, length)
             counts["texts_split"] += len(pieces) > 1
         else:
             cut = truncate(example, length, bos_id=bos_id)
             counts["prompts_cut"] += cut.prompt > 0
             counts["answers_cut"] += cut.answer > 0
-            pieces = [cut.example]
+            pieces = [cut.example._replace(pictures=example.pictures)]
         for piece in pieces:
             if piece.target_mask.any():
                 yield piece

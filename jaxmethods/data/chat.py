@@ -12,6 +12,7 @@ tokens' offsets in their piece.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -23,13 +24,16 @@ from jaxtyping import Int32
 
 from jaxmethods.data.config import Source
 from jaxmethods.data.examples import Example
+from jaxmethods.data.pictures import MARKER, Picture, expand, pictures_of
 from jaxmethods.data.sources import Place, Record, kind_of
+from jaxmethods.tree import require_one_of
 
 Tokenizer = Any
 """A `transformers.PreTrainedTokenizerFast` (not imported here: that takes seconds)."""
 
 Message = Mapping[str, Any]
 
+MARKS = ("answers", "published")
 _ROWS_AT_ONCE = 512
 _ALL = sys.maxsize
 # Some templates print today's date into the system prompt; data must be the same tomorrow, so it is fixed.
@@ -49,19 +53,21 @@ class Rendering(NamedTuple):
     pieces: Sequence[Piece]
     bos: bool
     eos: bool
+    pictures: tuple[Picture, ...] = ()
+    where: str = "this row"
 
 
-def render(row: Record, tokenizer: Tokenizer, source: Source | None = None) -> Example:
+def render(row: Record, tokenizer: Tokenizer, source: Source | None = None, *, sight: Any = None) -> Example:
     """One row as an example: its fields are named by `source` (see `Renderer` for many rows).
 
     Raises ValueError for a row without the fields, with fields of another type, or with an empty answer.
     """
-    return Renderer(tokenizer, source)(row)
+    return Renderer(tokenizer, source, sight=sight)(row)
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> Int32[np.ndarray, " time"]:
     """The tokens that precede the answer to a question, or to a list of messages: the same as in training."""
-    return Renderer(tokenizer).prompt(prompt)
+    return Renderer(tokenizer).prompt(prompt).tokens
 
 
 class Renderer:
@@ -75,11 +81,31 @@ class Renderer:
 
     BOS stands in front where the template writes it or, without a template, where the tokenizer itself would
     put it.
+
+    With `sight` (of a model that sees; its `format` and `image_token_id` are read) rows may have pictures, each at a marker
+    `<image>` in the text.
+
+    marks: which tokens of a conversation are targets. "answers": the assistant's words and what ends its turn.
+      "published": as LLaVA-OneVision's code has it, each assistant turn with its header and all that follows it, and anywhere
+      the newline and the tokens that begin and end a turn; for templates of the ChatML form.
+    empty_answers: let an assistant's turn be empty.
     """
 
-    def __init__(self, tokenizer: Tokenizer, source: Source | None = None):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        source: Source | None = None,
+        *,
+        sight: Any = None,
+        marks: str = "answers",
+        empty_answers: bool = False,
+    ):
+        require_one_of("marks", marks, MARKS)
         self.tokenizer = tokenizer
         self.source = source or Source("rows given in memory")
+        self.sight = sight
+        self.marks = marks
+        self.empty_answers = empty_answers
 
     def __call__(self, row: Record, place: Place | str = "this row") -> Example:
         form = self._form_of(row, place) if self.source.form == "auto" else self.source.form
@@ -94,17 +120,18 @@ class Renderer:
             for example in self._tokenise([self._rendering(row, form, place) for place, row in chunk]):
                 yield form, example
 
-    def prompt(self, prompt: str | Sequence[Message]) -> Int32[np.ndarray, " time"]:
-        """See `prompt_tokens`."""
+    def prompt(self, prompt: str | Sequence[Message], pictures: Any = None, where: str = "the prompt") -> Example:
+        """What precedes the answer to a question, or to a list of messages: the same as in training."""
+        seen = self._pictures(pictures, where, ".")
         if self.tokenizer.chat_template:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            text = self._template(messages, True, "the prompt")
-            rendering = Rendering([Piece(text, 0)], bos=False, eos=False)
+            asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            messages = [{**message, "content": self._marked(message["content"], where)} for message in asked]
+            rendering = Rendering([Piece(self._template(messages, True, where), 0)], False, False, seen, where)
         elif isinstance(prompt, str):
-            rendering = Rendering([Piece(prompt, 0)], bos=self._puts_bos, eos=False)
+            rendering = Rendering([Piece(self._marked(prompt, where), 0)], self._puts_bos, False, seen, where)
         else:
             raise ValueError("this tokenizer has no chat template; give the prompt as text, not as messages.")
-        return self._tokenise([rendering])[0].tokens
+        return self._tokenise([rendering])[0]
 
     # Rows to text
 
@@ -121,18 +148,42 @@ class Renderer:
         )
 
     def _rendering(self, row: Record, form: str, place: Place | str) -> Rendering:
+        folder = os.path.dirname(place.source) if isinstance(place, Place) else "."
+        pictures = self._pictures(row.get(self.source.images), str(place), folder)
+        rendering = self._text_of(row, form, place)
+        return rendering._replace(pictures=pictures, where=str(place))
+
+    def _pictures(self, given: Any, where: str, folder: str) -> tuple[Picture, ...]:
+        if given is None or self.sight is not None:
+            return () if given is None else pictures_of(given, where, folder, self.sight.format)
+        raise ValueError(f"{where} has pictures and the model reads none; take a model that sees, or leave them out.")
+
+    def _marked(self, text: str, where: Place | str) -> str:
+        """The text with the tokenizer's own image token for each marker."""
+        if MARKER not in text:
+            return text
+        if self.sight is None:
+            raise ValueError(f"{where}: the text has {MARKER} in it and the model reads no pictures; take it out.")
+        return text.replace(MARKER, self.tokenizer.convert_ids_to_tokens(self.sight.image_token_id))
+
+    def _text_of(self, row: Record, form: str, place: Place | str) -> Rendering:
         if form == "text":
             text = _text(row, self.source.text, place)
             _not_blank(text, f"field {self.source.text!r}", place)
             ends = self.tokenizer.eos_token_id is not None
-            return Rendering([Piece(text, _ALL)], bos=self._puts_bos, eos=ends)
+            marked = (
+                text if self.sight is None else self._marked(text, place)
+            )  # plain text may hold the marker as it is
+            return Rendering([Piece(marked, _ALL)], bos=self._puts_bos, eos=ends)
         if form == "chat":
-            messages = _messages(row, self.source.messages, place)
+            given = _messages(row, self.source.messages, place, self.empty_answers)
+            messages = [{**message, "content": self._marked(message["content"], place)} for message in given]
             if not self.tokenizer.chat_template:
                 raise ValueError(f"{place}: chat rows need a chat template, which this tokenizer lacks; set one.")
             return self._conversation(messages, place)
         prompt, answer = (_text(row, name, place) for name in self.source.fields(form))
         _not_blank(answer, f"field {self.source.answer!r}", place)
+        prompt = self._marked(prompt, place)
         if self.tokenizer.chat_template:
             asked, said = {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}
             return self._conversation([asked, said], place)
@@ -162,6 +213,8 @@ class Renderer:
                 )
             starts.append(len(before))
             ends.append(closing + len(self._end_of_turn))
+        if self.marks == "published":
+            return Rendering([Piece(whole, 0)], bos=False, eos=False)
         pieces = [Piece(whole[: starts[0]], 0)]
         for start, end, stop in zip(starts, ends, [*starts[1:], ends[-1]], strict=True):
             pieces.append(Piece(whole[start:stop], end - start))
@@ -219,9 +272,33 @@ class Renderer:
             if rendering.eos:
                 tokens.append(eos)
                 targets.append(True)
+            if self.marks == "published":
+                targets = self._published(tokens)
+            token_id = None if self.sight is None else self.sight.image_token_id
+            tokens, targets = expand(tokens, targets, rendering.pictures, token_id, rendering.where)
             targets[:1] = [False] * len(targets[:1])  # nothing precedes the first token
-            examples.append(Example(np.array(tokens, np.int32), np.array(targets, bool)))
+            examples.append(Example(np.array(tokens, np.int32), np.array(targets, bool), rendering.pictures))
         return examples
+
+    def _published(self, tokens: Sequence[int]) -> list[bool]:
+        """The targets of a whole conversation by the "published" marks."""
+        start, header, anywhere = self._chatml
+        targets, inside = [], False
+        for index, token in enumerate(tokens):
+            if token == start:
+                inside = list(tokens[index + 1 : index + 1 + len(header)]) == header
+            targets.append(inside or token in anywhere)
+        return targets
+
+    @cached_property
+    def _chatml(self) -> tuple[int, list[int], set[int]]:
+        """The token that begins a turn, those of an assistant's header after it, and those that are targets anywhere."""
+        tokens = [ids for ids, _ in self._encode(["<|im_start|>", "assistant", "\n", "<|im_end|>"])]
+        if any(len(ids) != 1 for ids in (tokens[0], tokens[2], tokens[3])):
+            raise ValueError(
+                'marks="published" needs a tokenizer of the ChatML form, with <|im_start|>; use "answers".'
+            )
+        return tokens[0][0], tokens[1], {tokens[0][0], tokens[2][0], tokens[3][0]}
 
     def _continue(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """As `_encode`, for texts that stand after others."""
@@ -255,7 +332,7 @@ class Renderer:
         ]
 
 
-def _messages(row: Record, field: str, place: Place | str) -> list[Message]:
+def _messages(row: Record, field: str, place: Place | str, empty_answers: bool = False) -> list[Message]:
     given = _field(row, field, place)
     if not isinstance(given, (list, tuple)) or not given:
         what = "an empty list" if isinstance(given, (list, tuple)) else kind_of(given)
@@ -266,12 +343,26 @@ def _messages(row: Record, field: str, place: Place | str) -> list[Message]:
             what = kind_of(message)
             raise ValueError(f"{place}: message {number} of {field!r} must be {{'role', 'content'}}, not {what}.")
         within = f"{place}, message {number} of {field!r}"
-        role, content = _text(message, "role", within), _text(message, "content", within)
-        if role == "assistant":
+        role, content = _text(message, "role", within), _content(message, within)
+        if role == "assistant" and not empty_answers:
             _not_blank(content, "field 'content'", within)
         # Arrow fills fields that other messages have with nulls
-        messages.append({name: value for name, value in message.items() if value is not None})
+        messages.append({name: value for name, value in message.items() if value is not None} | {"content": content})
     return messages
+
+
+def _content(message: Message, place: str) -> str:
+    """A message's text; a list of parts, {"type": "text" | "image"}, becomes lines, with a marker for each picture."""
+    parts = _field(message, "content", place)
+    if not isinstance(parts, list | tuple):
+        return _text(message, "content", place)
+    lines = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in ("text", "image"):
+            raise ValueError(f"{place}: a part of the content must have type 'text' or 'image', not {kind!r}.")
+        lines.append(MARKER if kind == "image" else _text(part, "text", place))
+    return "\n".join(lines)
 
 
 def _field(row: Record, field: str, place: Place | str) -> Any:

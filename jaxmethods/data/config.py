@@ -24,6 +24,8 @@ class Source:
     prompt, answer: fields of question-and-answer rows (text, text).
     messages: field of chat rows (a list of {"role", "content"}).
     text: field of plain rows, where every token is a target.
+    images: field of the pictures, for models that see: a path (relative to the file), bytes, or several of these; rows may
+      lack it. The text has `<image>` where each of them stands.
     form: of the rows, "answer", "chat" or "text"; "auto" takes the one whose fields the first row has.
     """
 
@@ -33,6 +35,7 @@ class Source:
     answer: str = "answer"
     messages: str = "messages"
     text: str = "text"
+    images: str = "images"
     form: str = "auto"
 
     def __post_init__(self) -> None:
@@ -44,7 +47,7 @@ class Source:
             )
         if self.form not in FORMS:
             raise ValueError(f"{self.path}: form={self.form!r} is none of {', '.join(FORMS)}.")
-        for field in ("prompt", "answer", "messages", "text"):
+        for field in ("prompt", "answer", "messages", "text", "images"):
             if not getattr(self, field):
                 raise ValueError(f"{self.path}: the name of the {field} field is empty.")
 
@@ -63,6 +66,7 @@ class Data:
     pack: lay several examples into one row, separated by `segment_ids`; else one example a row.
     evaluation_rows: read only the first so many rows of each evaluation source; None reads all.
     seed: of the order of the training rows.
+    crops: for models that see, how many crops of pictures a row has room for; None: as many as its rows need.
     """
 
     train: Sequence[Source | str] | Source | str = ()
@@ -71,6 +75,7 @@ class Data:
     pack: bool = True
     evaluation_rows: int | None = None
     seed: int = 0
+    crops: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "train", as_sources(self.train))
@@ -85,6 +90,8 @@ class Data:
             raise ValueError(f"sequence_length={self.sequence_length} must be at least 2: a token and the next.")
         if self.evaluation_rows is not None and self.evaluation_rows < 1:
             raise ValueError(f"evaluation_rows={self.evaluation_rows} must be positive, or None for all rows.")
+        if self.crops is not None and self.crops < 1:
+            raise ValueError(f"crops={self.crops} must be positive, or None for as many as the rows need.")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must not be negative.")
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
+from jaxmethods.data.pictures import Picture
+
 
 class Example(NamedTuple):
-    """Tokens, and which of them are to be predicted from those before (never the first)."""
+    """Tokens, which of them are to be predicted from those before (never the first), and the pictures they stand for."""
 
     tokens: Int32[np.ndarray, " time"]
     target_mask: Bool[np.ndarray, " time"]
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -24,16 +27,21 @@ class Examples:
     tokens: Int32[np.ndarray, " total"]
     target_mask: Bool[np.ndarray, " total"]
     offsets: Int64[np.ndarray, " examples_and_one"]
+    pictures: Sequence[tuple[Picture, ...]] = field(default=())
+    """Of each example; empty where no example has any."""
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> Examples:
         """Gathers examples (read once, in order)."""
         tokens, masks, lengths = [np.zeros(0, np.int32)], [np.zeros(0, bool)], [0]
+        pictures = []
         for example in examples:
             tokens.append(example.tokens)
             masks.append(example.target_mask)
             lengths.append(len(example.tokens))
-        return cls(np.concatenate(tokens), np.concatenate(masks), np.cumsum(lengths, dtype=np.int64))
+            pictures.append(example.pictures)
+        offsets = np.cumsum(lengths, dtype=np.int64)
+        return cls(np.concatenate(tokens), np.concatenate(masks), offsets, pictures if any(pictures) else ())
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -42,7 +50,7 @@ class Examples:
         if not 0 <= index < len(self):
             raise IndexError(f"there are {len(self)} examples; none has index {index}.")
         part = slice(self.offsets[index], self.offsets[index + 1])
-        return Example(self.tokens[part], self.target_mask[part])
+        return Example(self.tokens[part], self.target_mask[part], self.pictures[index] if self.pictures else ())
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
@@ -68,7 +76,7 @@ def truncate(example: Example, length: int, *, bos_id: int | None = None) -> Cut
     cut from the left, down to a quarter of `length`; if that is not enough, the answer loses its end. A first
     token equal to `bos_id` stays. Tokens behind the last target go first: no loss depends on them.
     """
-    tokens, target_mask = example
+    tokens, target_mask, _ = example
     targets = np.flatnonzero(target_mask)
     if len(tokens) <= length or not len(targets):
         return Cut(Example(tokens[:length], target_mask[:length]), 0, 0)

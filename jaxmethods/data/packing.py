@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int64
 
 from jaxmethods.data.examples import Examples
+from jaxmethods.data.pictures import Picture, seen
 
 Batch = dict[str, np.ndarray]
-"""int32 `tokens`, `segment_ids`, `positions`, bool `target_mask`; each [time] (a row) or [batch, time]."""
+"""int32 `tokens`, `segment_ids`, `positions`, bool `target_mask`; each [time] (a row) or [batch, time].
+
+For models that see also uint8 `pixels` [crops, size, size, 3], int32 `places` [time, corners] and perhaps float32 `place_weights`
+[time, corners] (`jaxmethods.images`)."""
 
 
 @dataclass(frozen=True)
@@ -80,18 +86,33 @@ def best_fit(lengths: Int[np.ndarray, " examples"], capacity: int) -> Plan:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Rows of `length` tokens after a plan: a random-access source of `Batch` rows, padded with segment 0."""
+    """Rows of `length` tokens after a plan: a random-access source of `Batch` rows, padded with segment 0.
+
+    sight: of a model that sees, whose `format` and `image_token_id` are read; pictures are opened when their row is drawn.
+    room: crops of each row; None: the most that one has.
+    """
 
     examples: Examples
     plan: Plan
     length: int
+    sight: Any = None
+    room: int | None = None
+
+    @cached_property
+    def crops(self) -> int:
+        """How many crops a row has; at least one, so that a batch of a model that sees always has pictures."""
+        if self.room is not None:
+            return self.room
+        of_examples = [sum(picture.crops for picture in pictures) for pictures in self.examples.pictures]
+        rows = (sum(of_examples[index] for index in row.tolist()) for row in self.plan)
+        return max(1, *rows) if of_examples else 1
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __getitem__(self, row: int) -> Batch:
         out = empty_row(self.length)
-        at = 0
+        at, pictures = 0, list[Picture]()
         for segment, index in enumerate(self.plan[row].tolist(), 1):
             example = self.examples[index]
             end = at + len(example.tokens)
@@ -99,7 +120,11 @@ class PackedRows:
             out["target_mask"][at:end] = example.target_mask
             out["segment_ids"][at:end] = segment
             out["positions"][at:end] = np.arange(end - at)
+            pictures += example.pictures
             at = end
+        if self.sight is not None:
+            of_images = (out["tokens"] == self.sight.image_token_id) & (out["segment_ids"] > 0)
+            out |= seen(pictures, of_images, self.sight.format, self.crops)
         return out
 
 

@@ -24,8 +24,8 @@ from jaxtyping import Int64
 
 from jaxmethods.data.packing import Batch
 
-# Rows are made from arrays in memory: one thread, a few batches ahead of the device, is enough.
-_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+_AHEAD = 4
+"""Batches that are made ahead of the device."""
 _FILE = "position.json"
 
 
@@ -59,8 +59,10 @@ class Batches(grain.IterDataset):
     Its iterators are `BatchIterator`s.
     """
 
-    def __init__(self, numbered: grain.MapDataset, identity: dict[str, int], writes: bool):
-        super().__init__(numbered.to_iter_dataset(_AHEAD))
+    def __init__(self, numbered: grain.MapDataset, identity: dict[str, int], writes: bool, threads: int = 1):
+        super().__init__(
+            numbered.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=max(_AHEAD, threads)))
+        )
         self._numbered = numbered
         self._identity = identity
         self._writes = writes
@@ -145,6 +147,7 @@ def batches(
     epochs: int | None = None,
     share: Sequence[int] | None = None,
     writes: bool = True,
+    threads: int = 1,
 ) -> Batches:
     """Batches of shuffled rows for training, without end or for `epochs` passes over the rows.
 
@@ -154,6 +157,7 @@ def batches(
     Args:
         share: which rows of each batch this process makes, by their place in it (`sharding.rows_here`); None: all.
         writes: whether this process writes the position into checkpoints; one must.
+        threads: that make batches; one is enough where rows are arrays in memory, several open pictures side by side.
 
     Raises ValueError where `share` is no part of the batch, or the rows do not make one batch.
     """
@@ -171,7 +175,7 @@ def batches(
     stream = _shuffled(rows, seed).repeat(epochs)
     part = _Share(stream, batch_size, share)
     identity = {"batch_size": batch_size, "seed": seed, "rows": len(rows)}
-    return Batches(part.batch(part.size, drop_remainder=True), identity, writes)
+    return Batches(part.batch(part.size, drop_remainder=True), identity, writes, threads)
 
 
 def evaluation_batches(rows: grain.MapDataset, batch_size: int, *, share: Sequence[int] | None = None) -> Batches:

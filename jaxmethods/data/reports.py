@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
-import json
 import os
 import re
 import sys
@@ -22,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
+
+from jaxmethods.data.sources import write_jsonl
 
 _PACKAGE = "torchxrayvision"
 _ARCHIVE = "NLMCXR_reports.tgz"
@@ -142,16 +143,6 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _write(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """JSON lines, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _described(path: Path, rows: Sequence[Mapping[str, str]]) -> str:
     mean = {name: sum(len(row[name].split()) for row in rows) / max(len(rows), 1) for name in ("prompt", "answer")}
     return f"{path}: {len(rows):,} rows of {mean['prompt']:.1f} + {mean['answer']:.1f} words on average"
@@ -178,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.to.mkdir(parents=True, exist_ok=True)
         print(reports)
         for name, rows in (("train.jsonl", parts.train), ("heldout.jsonl", parts.held_out)):
-            _write(options.to / name, rows)
+            write_jsonl(options.to / name, rows)
             print(_described(options.to / name, rows))
     except (ImportError, OSError, ValueError, tarfile.TarError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,8 +15,10 @@ import abc
 import contextlib
 import difflib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -243,6 +245,17 @@ class _Joined(Records):
     def placed(self) -> Iterator[tuple[Place, Record]]:
         for part in self._parts:
             yield from part.placed()
+
+
+def write_jsonl(path: str | os.PathLike[str], rows: Sequence[Record]) -> None:
+    """Writes JSON lines, whole or not at all."""
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _blank(line: bytes) -> bool:

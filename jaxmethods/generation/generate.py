@@ -9,7 +9,6 @@ is unrolled; other devices read slices in place, and keep the scan and its short
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -22,6 +21,7 @@ from jaxmethods import tree
 from jaxmethods.generation import sampling
 from jaxmethods.models.decoder import KVCache
 from jaxmethods.models.functional import logits_of
+from jaxmethods.models.vlm import as_images
 from jaxmethods.quantization import is_quantized
 from jaxmethods.tree import Tree
 
@@ -67,17 +67,18 @@ def generate(
         temperature: logits are divided by it; 0 takes the most probable token and needs no key.
         top_k, top_p: see `sampling.filter_logits`.
         eos_id: the token or tokens that end a row; with None every row runs to `max_new_tokens`.
-        images: what a model that sees takes beside the tokens.
+        images: what a model that sees takes beside the tokens, as in `models.logits`.
         key: one for the batch, or one for each row [B] (which makes draws independent of the rows' order too).
 
     Raises:
         ValueError: no key where tokens are drawn; max_new_tokens < 1; temperature < 0; top_k < 1; top_p outside of
-            (0, 1]; a row of padding alone; images for a model without a vision tower.
+            (0, 1]; a row of padding alone; images for a model that reads none, or that are not as many as the tokens say.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
     greedy = not isinstance(temperature, jax.core.Tracer) and float(temperature) == 0.0
-    _check(module, tokens, mask, max_new_tokens, temperature, top_k, top_p, images, key, greedy)
+    _check(tokens, mask, max_new_tokens, temperature, top_k, top_p, key, greedy)
+    images = as_images(module, tokens, images)
     ends = () if eos_id is None else tuple(int(end) for end in np.atleast_1d(eos_id))
     pad_id = getattr(module.config, "pad_id", None)  # type: ignore[attr-defined]
     filler = pad_id if pad_id is not None else ends[0] if ends else 0
@@ -192,7 +193,7 @@ def _by_layer(module: Any, params: Tree) -> tuple[Any, Tree]:
         return module, params
 
     def views(path: str, x: jax.Array) -> Any:
-        if "layers" not in path.split("/"):
+        if not path.startswith("model/layers/"):
             return x
         host = np.asarray(x)  # the same memory; so are its rows, where they are aligned
         return [jax.device_put(layer, *devices, may_alias=True) for layer in host]
@@ -256,14 +257,12 @@ def _logits(module: Any, params: Tree, hidden: Array) -> Array:
 
 
 def _check(
-    module: Any,
     tokens: Array,
     mask: Array,
     max_new_tokens: int,
     temperature: Any,
     top_k: Any,
     top_p: Any,
-    images: Any,
     key: Any,
     greedy: bool,
 ) -> None:
@@ -285,8 +284,6 @@ def _check(
         )
     if known(key) and not greedy and key.shape not in ((), tokens.shape[:1]):
         raise ValueError(f"key has shape {key.shape}; give one key, or one for each of the {tokens.shape[0]} rows.")
-    if images is not None and "images" not in inspect.signature(type(module).__call__).parameters:
-        raise ValueError(f"{type(module).__name__} reads no images; leave images=None.")
     if known(mask) and mask.is_fully_addressable:
         empty = np.flatnonzero(~np.asarray(mask).any(axis=-1))
         if empty.size:

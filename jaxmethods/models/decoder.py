@@ -132,6 +132,13 @@ class Output(NamedTuple):
     cache: KVCache | None
 
 
+class Given(NamedTuple):
+    """Embeddings that stand in the place of some tokens' own, such as features of an image."""
+
+    embeddings: Float[Array, "batch time width"]
+    where: Bool[Array, "batch time"]
+
+
 class _Shared(NamedTuple):
     """What every layer reads and none changes."""
 
@@ -274,7 +281,7 @@ class Backbone(_Part):
     unroll: int = 1
 
     @nn.compact
-    def __call__(self, tokens, segment_ids, positions, cache):  # type: ignore[no-untyped-def]
+    def __call__(self, tokens, segment_ids, positions, cache, given=None):  # type: ignore[no-untyped-def]
         c = self.config
         embed = nn.Embed(
             c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype, name="embed_tokens"
@@ -282,6 +289,8 @@ class Backbone(_Part):
         x = embed(tokens)
         if c.embedding_scale:
             x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
+        if given is not None:
+            x = jnp.where(given.where[..., None], given.embeddings.astype(x.dtype), x)
         x = split_tokens(x, self.mesh)
 
         kv_positions, kv_segment_ids, start = positions, segment_ids, None
@@ -370,6 +379,7 @@ class Decoder(nn.Module):
         segment_ids: Int[Array | np.ndarray, "batch time"] | None = None,
         positions: Int[Array | np.ndarray, "batch time"] | None = None,
         cache: KVCache | None = None,
+        given: Given | None = None,
     ) -> Output:
         """Hidden states of each token, seen from the tokens before it in its segment.
 
@@ -378,6 +388,7 @@ class Decoder(nn.Module):
             segment_ids: tokens see only their own segment; 0 is padding. By default one segment where `mask` is true.
             positions: rotary positions; by default real tokens are counted from 0 (from where `cache` ends).
             cache: keys and values of earlier tokens; `tokens` continue it.
+            given: embeddings in the place of some tokens' own.
         """
         if self.remat not in REMAT:
             raise ValueError(f"remat={self.remat!r} is unknown; choose of {', '.join(REMAT)}.")
@@ -392,4 +403,4 @@ class Decoder(nn.Module):
             Unembedding(self.config, self.param_dtype, name="lm_head")()
         settings = self.dtype, self.param_dtype, self.dot_general, self.quantization, self.mesh, self.attention
         backbone = Backbone(self.config, *settings, self.remat, self.unroll, name="model")
-        return Output(*backbone(tokens, segment_ids, jnp.asarray(positions, jnp.int32), cache))
+        return Output(*backbone(tokens, segment_ids, jnp.asarray(positions, jnp.int32), cache, given))

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmethods.kernels.token_logprobs import implementation_for, token_logprobs
+from jaxmethods.models.vlm import as_images
 from jaxmethods.sharding import tokens_spec
 from jaxmethods.tree import Tree
 
@@ -61,9 +62,8 @@ def logits_of(module: Any, params: Tree, hidden: Float[Array, "*batch width"]) -
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def logits(
-    module: Any, params: Tree, tokens: Tokens, mask: Mask | None = None, **inputs: Any
+    module: Any, params: Tree, tokens: Tokens, mask: Mask | None = None, *, images: Any = None, **inputs: Any
 ) -> Float[Array, "batch time vocab"]:
     """Next-token logits at each position, float32.
 
@@ -71,7 +71,19 @@ def logits(
         tokens: [B, T] ids.
         mask: [B, T], true at real tokens, padding on either side; positions count real tokens. Logits at padding
             mean nothing.
+        images: for models that see: `models.Images`, or pixels [B, crops, S, S, 3] of pictures of one crop each, whose
+            features stand in order at the row's image tokens.
+
+    Raises:
+        ValueError: images for a model that reads none; image tokens that are not as many as features.
     """
+    if images is not None:
+        inputs["images"] = as_images(module, tokens, images)
+    return _logits(module, params, tokens, mask, inputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(module: Any, params: Tree, tokens: Any, mask: Any, inputs: Any) -> Float[Array, "batch time vocab"]:
     hidden, _ = hidden_states(module, params, tokens, mask, **inputs)
     return logits_of(module, params, hidden)
 
@@ -144,16 +156,17 @@ def sequence_logps(
         tokens: [B, T] ids.
         target_mask: [B, T]; log p(token_t | tokens before t) is summed where it is true.
         mask: [B, T], true at real tokens; padding may stand on either side.
-        images: for models that see; a text-only model takes None.
+        images: for models that see, as in `logits`; a text-only model takes None.
 
     Raises:
-        ValueError: images for a model without a vision tower.
+        ValueError: images for a model that reads none; image tokens that are not as many as features.
     """
-    if images is not None:
-        raise ValueError(f"{type(module).__name__} reads no images; leave images=None.")
-    return _sequence_logps(module, params, tokens, target_mask, mask)
+    inputs = {} if images is None else {"images": as_images(module, tokens, images)}
+    return _sequence_logps(module, params, tokens, target_mask, mask, inputs)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sequence_logps(module: Any, params: Tree, tokens: Any, target_mask: Any, mask: Any) -> Float[Array, "batch"]:
-    return target_logps(module, params, tokens, target_mask, mask)[0].sum(axis=-1)
+def _sequence_logps(
+    module: Any, params: Tree, tokens: Any, target_mask: Any, mask: Any, inputs: Any
+) -> Float[Array, "batch"]:
+    return target_logps(module, params, tokens, target_mask, mask, **inputs)[0].sum(axis=-1)

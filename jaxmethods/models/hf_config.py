@@ -112,7 +112,7 @@ _READ = {
 }  # fmt: skip
 
 # Change nothing in the function that a trained model computes, or are neither true nor false of our models.
-_INERT = {
+INERT = {
     "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range", "pretraining_tp",
     "max_window_layers", "cache_implementation", "hidden_act", "model_max_length", "auto_map", "name_or_path",
     "output_attentions", "output_hidden_states", "return_dict", "torchscript", "use_bfloat16", "tf_legacy_loss",
@@ -209,7 +209,7 @@ def _refuse_features(config: Mapping[str, Any], family: str) -> None:
         if key in _REFUSED:
             if not any(value is off or (value == off and type(value) is type(off)) for off in _REFUSED[key]):
                 raise ValueError(f"{key}={value!r} in the config.json of a {family} model is not supported.")
-        elif key not in _INERT and value not in (None, False, 0, [], {}):
+        elif key not in INERT and value not in (None, False, 0, [], {}):
             unknown[key] = value
     if unknown:
         told = ", ".join(f"{key}={value!r}"[:80] for key, value in unknown.items())

@@ -16,14 +16,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxmethods import quantization
-from jaxmethods.models import files, weights
+from jaxmethods.models import architectures, files, hf_vlm, weights
+from jaxmethods.models.architectures import AnyConfig
 from jaxmethods.models.decoder import DecoderConfig
-from jaxmethods.models.hf_config import config_from_hf, config_to_hf
-from jaxmethods.models.layout import Leaf, Slices, assemble, check_tensors, layout
+from jaxmethods.models.layout import Leaf, Slices, assemble, check_tensors
+from jaxmethods.models.vlm import VLMConfig
 from jaxmethods.tree import Tree, flatten
 
 
-def read_config(folder: Path) -> DecoderConfig:
+def read_config(folder: Path) -> AnyConfig:
     """The architecture of the model in a folder.
 
     Token ids that end a generation are taken from generation_config.json where it names them, as generation does in
@@ -31,19 +32,30 @@ def read_config(folder: Path) -> DecoderConfig:
     """
     told = files.model_config(folder)
     try:
-        config = config_from_hf(told)
+        config = architectures.config_from_hf(told, _preprocessor(folder))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     generation = folder / "generation_config.json"
     if generation.is_file() and (eos := files.read_json(generation).get("eos_token_id")) is not None:
-        config = dataclasses.replace(config, eos_ids=tuple(eos) if isinstance(eos, list) else (eos,))
+        ends: Any = {"eos_ids": tuple(eos) if isinstance(eos, list) else (eos,)}
+        if isinstance(config, VLMConfig):
+            return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, **ends))
+        return dataclasses.replace(config, **ends) if isinstance(config, DecoderConfig) else config
     return config
 
 
+def _preprocessor(folder: Path) -> dict[str, Any] | None:
+    """How pictures are prepared: preprocessor_config.json, or its part of the processor_config.json of transformers 5."""
+    alone, joint = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if alone.is_file():
+        return files.read_json(alone)
+    return files.read_json(joint).get("image_processor") if joint.is_file() else None
+
+
 def read_params(
-    folder: Path, config: DecoderConfig, *, dtype: Any, shardings: Tree | None = None, quantize: str | None = None
+    folder: Path, config: AnyConfig, *, dtype: Any, shardings: Tree | None = None, quantize: str | None = None
 ) -> Tree:
-    """The parameters of `Decoder(config)` from the safetensors files of a folder.
+    """The parameters of a model from the safetensors files of a folder.
 
     Tensors are read one after the other, straight into their shards: see `layout.assemble`.
 
@@ -56,11 +68,15 @@ def read_params(
         ValueError: tensors that do not fit the configuration, broken files, pickled weights.
         FileNotFoundError: no weights.
     """
-    tensors, prefix = _tensors(folder)
-    leaves = layout(config)
+    tensors, prefix = _tensors(folder, config)
+    leaves = architectures.leaves(config)
     if prefix != "model.":
         leaves = [dataclasses.replace(leaf, name=leaf.name.replace("model.", prefix, 1)) for leaf in leaves]
-    _drop_tied_head(tensors, config, f"{prefix}embed_tokens.weight")
+    if isinstance(config, DecoderConfig):
+        _drop_tied_head(tensors, config, f"{prefix}embed_tokens.weight", "lm_head.weight")
+    elif isinstance(config, VLMConfig):
+        names = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+        _drop_tied_head(tensors, config.decoder, *names)
     check_tensors(leaves, {name: (tensor.shape, str(tensor.file)) for name, tensor in tensors.items()})
 
     def read(name: str, index: Slices) -> np.ndarray:
@@ -69,8 +85,9 @@ def read_params(
     return assemble(leaves, read, dtype=dtype, shardings=shardings, quantize=quantize)
 
 
-def _tensors(folder: Path) -> tuple[dict[str, weights.Tensor], str]:
-    """Every tensor of a folder but buffers, and the prefix of their names ("model." or, from headless models, "")."""
+def _tensors(folder: Path, config: AnyConfig) -> tuple[dict[str, weights.Tensor], str]:
+    """Every tensor of a folder that the model has a place for, by the names of its layout, and the prefix of a decoder's ("model."
+    or, from headless models, "")."""
     where = files.weight_files(folder)
     if isinstance(where, Path):
         tensors, _ = weights.read_header(where)
@@ -84,27 +101,31 @@ def _tensors(folder: Path) -> tuple[dict[str, weights.Tensor], str]:
         for header in headers.values():  # what the index forgets is not overlooked
             for name, tensor in header.items():
                 tensors.setdefault(name, tensor)
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    canonical, ignored = architectures.canonical(config), architectures.ignored(config)
+    named = {canonical(name): tensor for name, tensor in tensors.items()}
+    tensors = {name: tensor for name, tensor in named.items() if not ignored(name)}
+    if not isinstance(config, DecoderConfig):
+        return tensors, "model."
     headless = "embed_tokens.weight" in tensors and not any(name.startswith("model.") for name in tensors)
     return tensors, "" if headless else "model."
 
 
-def _drop_tied_head(tensors: dict[str, weights.Tensor], config: DecoderConfig, embedding: str) -> None:
+def _drop_tied_head(tensors: dict[str, weights.Tensor], config: DecoderConfig, embedding: str, head: str) -> None:
     """Some files of tied models hold the matrix twice; one is left out when they are equal."""
-    if not config.tie_embeddings or "lm_head.weight" not in tensors or embedding not in tensors:
+    if not config.tie_embeddings or head not in tensors or embedding not in tensors:
         return
-    one, two = tensors[embedding], tensors["lm_head.weight"]
+    one, two = tensors[embedding], tensors[head]
     rows = max(1, (64 << 20) // max(1, 2 * one.shape[-1]))
     same = one.shape == two.shape and all(
-        np.array_equal(weights.read_slice(embedding, one, part), weights.read_slice("lm_head.weight", two, part))
+        np.array_equal(weights.read_slice(embedding, one, part), weights.read_slice(head, two, part))
         for part in ((slice(start, start + rows),) for start in range(0, one.shape[0], rows))
     )
     if not same:
         raise ValueError(
-            f"{two.file}: config.json ties the output matrix to the embedding, but 'lm_head.weight' differs from "
+            f"{two.file}: config.json ties the output matrix to the embedding, but {head!r} differs from "
             f"{embedding!r}; set tie_word_embeddings to false."
         )
-    del tensors["lm_head.weight"]
+    del tensors[head]
 
 
 _MARK = {"written_by": "jaxmethods"}
@@ -112,7 +133,7 @@ _MARK = {"written_by": "jaxmethods"}
 
 def save(
     path: str | os.PathLike[str],
-    config: DecoderConfig,
+    config: AnyConfig,
     params: Tree,
     tokenizer: Any = None,
     *,
@@ -138,9 +159,11 @@ def save(
     """
     target = Path(path).expanduser().absolute()
     flat = _check_params(config, params)
-    tensors = [tensor for leaf in layout(config) for tensor in _planned(leaf, flat[leaf.path], dtype)]
+    tensors = [tensor for leaf in architectures.leaves(config) for tensor in _planned(leaf, flat[leaf.path], dtype)]
+    if isinstance(config, VLMConfig):
+        tensors += hf_vlm.unread_tensors(config, tensors[0].dtype)
     shards = weights.in_shards(tensors, shard_bytes)
-    told = config_to_hf(config)
+    told = architectures.config_to_hf(config)
     told["torch_dtype"] = told["dtype"] = tensors[0].dtype.name  # transformers 4 reads the first, 5 the second
     _check_target(target, overwrite)
     if jax.process_index() != 0:
@@ -155,10 +178,13 @@ def save(
         unfinished.mkdir()
         _write_weights(unfinished, shards)
         files.write_json(unfinished / "config.json", told)
-        generation = {
-            key: told[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if told[key] is not None
-        }
-        files.write_json(unfinished / "generation_config.json", {"_from_model_config": True, **generation})
+        text = told.get("text_config", told)
+        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+        if isinstance(config, DecoderConfig | VLMConfig):
+            generation = {key: text[key] for key in keys if text[key] is not None}
+            files.write_json(unfinished / "generation_config.json", {"_from_model_config": True, **generation})
+        if (preprocessor := architectures.preprocessor_to_hf(config)) is not None:
+            files.write_json(unfinished / "preprocessor_config.json", preprocessor)
         if tokenizer is not None:
             from jaxmethods.models.tokenizers import save_tokenizer
 
@@ -171,7 +197,8 @@ def save(
         multihost_utils.sync_global_devices("models.save")
 
 
-def _check_params(config: DecoderConfig, params: Tree) -> dict[str, Any]:
+def _check_params(config: AnyConfig, params: Tree) -> dict[str, Any]:
+    family = getattr(getattr(config, "sight", config), "family", "encoder")
     flat = flatten(params)
     quantization.require_plain(params, "models.save")
     if adapters := [path for path in flat if "adapter" in path.split("/")]:
@@ -179,16 +206,16 @@ def _check_params(config: DecoderConfig, params: Tree) -> dict[str, Any]:
             f"the parameters hold an adapter ({adapters[0]}, {len(adapters)} leaves); write what "
             "adapters.merge(...) makes of them, or detach the adapter and write it with adapters.save_peft(...)."
         )
-    expected = {leaf.path: leaf.shape for leaf in layout(config)}
+    expected = {leaf.path: leaf.shape for leaf in architectures.leaves(config)}
     for path, shape in expected.items():
         if path not in flat:
-            raise ValueError(f"parameter {path!r} {list(shape)} of the {config.family} model is missing.")
+            raise ValueError(f"parameter {path!r} {list(shape)} of the {family} model is missing.")
         if flat[path].shape != shape:
             raise ValueError(
                 f"parameter {path!r} has shape {list(flat[path].shape)}; the configuration makes it {list(shape)}."
             )
     if unknown := sorted(flat.keys() - expected.keys()):
-        raise ValueError(f"parameter {unknown[0]!r} is no part of the {config.family} model and would be lost.")
+        raise ValueError(f"parameter {unknown[0]!r} is no part of the {family} model and would be lost.")
     return flat
 
 
@@ -250,7 +277,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 
 _WRITTEN = re.compile(
-    r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer(_config)?\.json|tokenizer\.model"
+    r"((generation|preprocessor)_)?config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer(_config)?\.json|tokenizer\.model"
     r"|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt|chat_template\.jinja|additional_chat_templates"
 )
 """The names that `save` itself, and tokenizers, write."""

@@ -1,7 +1,8 @@
-"""Which tensor of a checkpoint each parameter of a decoder comes from, and the assembling of parameters from them.
+"""Which tensor of a checkpoint each parameter comes from, and the assembling of parameters from them.
 
 Checkpoints hold one tensor a layer, matrices as [out, in]; ours hold all layers in one array, matrices as [in, out].
-`layout` says so once, for reading (Hugging Face, GGUF) and for writing.
+A list of `Leaf` says so once, for reading (Hugging Face, GGUF) and for writing: `layout` of a decoder,
+`architectures.leaves` of any model.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def in_parts(leaves: Sequence[Leaf], quantize: str | None) -> list[Leaf]:
 def _parts(leaf: Leaf, kind: str) -> list[Leaf]:
     """The leaves of a kernel that is quantised; any other leaf as it is."""
     layer, _, name = leaf.path.rpartition("/")
-    if name != "kernel":
+    if name != "kernel" or not quantization.is_quantizable(leaf.path):
         return [leaf]
     depth, d_in, d_out = leaf.shape
     quantization.require_blocks(layer, d_in)
@@ -123,12 +124,6 @@ def _parts(leaf: Leaf, kind: str) -> list[Leaf]:
         dataclasses.replace(leaf, path=path, shape=(depth, *x.shape), part=field, dtype=x.dtype)
         for (path, x), field in zip(quantization.leaves(layer, shape).items(), shape._fields, strict=False)
     ]
-
-
-def shapes(config: DecoderConfig, dtype: Any, quantize: str | None = None) -> Tree:
-    """The parameter tree of `Decoder(config)` as shapes, without making any array."""
-    leaves = in_parts(layout(config), quantize)
-    return unflatten({leaf.path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype or dtype) for leaf in leaves})
 
 
 def check_tensors(leaves: Sequence[Leaf], found: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
@@ -260,4 +255,4 @@ def _block(leaf: Leaf, read: Read, index: Slices, dtype: np.dtype) -> np.ndarray
     else:
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(fill, range(len(names))))
-    return out if leaf.stacked else out[0]
+    return out if leaf.stacked else out.reshape(out.shape[1:])  # an array even where it has no axis

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxmethods.models import files, gguf, huggingface, layout
-from jaxmethods.models.decoder import Decoder, DecoderConfig
+from jaxmethods.models import architectures, files, gguf, huggingface
+from jaxmethods.models.architectures import AnyConfig
+from jaxmethods.models.decoder import DecoderConfig
 from jaxmethods.tree import Tree
 
 _LLAMA3: Any = dict(
@@ -18,7 +19,7 @@ _LLAMA3: Any = dict(
 
 _8B: Any = dict(hidden_size=4096, intermediate_size=14_336, num_layers=32, num_heads=32)
 
-KNOWN: dict[str, DecoderConfig] = {
+KNOWN: dict[str, AnyConfig] = {
     "meta-llama/Meta-Llama-3-8B": DecoderConfig(**_LLAMA3 | {"eos_ids": (128_001,)}, **_8B),
     "meta-llama/Meta-Llama-3-8B-Instruct": DecoderConfig(**_LLAMA3, **_8B),
     "meta-llama/Meta-Llama-3-70B-Instruct": DecoderConfig(
@@ -28,7 +29,7 @@ KNOWN: dict[str, DecoderConfig] = {
 """Architectures by hub name, so that a pod run can be planned where the hub is out of reach (and its licence unsigned)."""
 
 
-def read_config(path: str | os.PathLike[str]) -> DecoderConfig:
+def read_config(path: str | os.PathLike[str]) -> AnyConfig:
     """The architecture of a model, as `load` would find it; weights are not touched.
 
     Raises:
@@ -45,10 +46,8 @@ def read_config(path: str | os.PathLike[str]) -> DecoderConfig:
     return huggingface.read_config(found)
 
 
-def shapes(
-    path: str | os.PathLike[str], *, dtype: Any = jnp.float32, quantize: str | None = None
-) -> tuple[Decoder, Tree]:
+def shapes(path: str | os.PathLike[str], *, dtype: Any = jnp.float32, quantize: str | None = None) -> tuple[Any, Tree]:
     """(module, params) like `load`, with a ShapeDtypeStruct in place of each array."""
     config = read_config(path)
-    module = Decoder(config, dtype=dtype, param_dtype=dtype, quantization=quantize)
-    return module, layout.shapes(config, dtype, quantize)
+    module = architectures.build(config, dtype=dtype, quantize=quantize)
+    return module, architectures.shapes(config, dtype, quantize)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmethods.models.functional import target_logps
+from jaxmethods.models.vlm import pictures
 from jaxmethods.tree import Mean, Tree
 
 
@@ -17,9 +18,9 @@ class Supervised:
     def loss_fn(self, module: Any) -> Any:
         """`loss_fn(params, batch, key) -> (Mean, metrics)` for a language model.
 
-        The batch has `tokens`, `target_mask`, `segment_ids` and `positions`, each [B, T]. Auxiliary losses of adapters
-        enter as aux x weight, so that parts of a batch add up. `key=None` evaluates: no dropout, no noise, and no
-        auxiliary loss.
+        The batch has `tokens`, `target_mask`, `segment_ids` and `positions`, each [B, T], and pictures where the model sees.
+        Auxiliary losses of adapters enter as aux x weight, so that parts of a batch add up. `key=None` evaluates: no dropout,
+        no noise, and no auxiliary loss.
 
         Metrics: `loss`, in nats a target token and without auxiliary losses, so that training and held-out losses
         compare; and `auxiliary_loss` while training.
@@ -28,7 +29,7 @@ class Supervised:
         def loss_fn(params: Tree, batch: Mapping[str, Any], key: Any) -> tuple[Mean, dict[str, Mean]]:
             logps, aux = target_logps(
                 module, params, batch["tokens"], batch["target_mask"], batch["segment_ids"] > 0, key=key,
-                segment_ids=batch["segment_ids"], positions=batch["positions"],
+                segment_ids=batch["segment_ids"], positions=batch["positions"], **pictures(batch),
             )  # fmt: skip
             nll = Mean.of(-logps, batch["target_mask"])
             if key is None:

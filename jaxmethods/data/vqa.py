@@ -1,0 +1,134 @@
+"""Real pictures with words, from packages: easy-VQA's questions about shapes, and Tux Paint's stamps with their captions.
+
+easy-VQA (PyPI package easy-vqa, MIT): 5,000 pictures of one coloured shape and 48,248 questions with 13 answers. Tux Paint's stamps
+(Debian package tuxpaint-stamps-default, GPL-2): 785 photographs and drawings, each with a sentence. Rows name the pictures where
+their packages put them; nothing is copied.
+
+    python -m jaxmethods.data.vqa --to build/pictures --stamps build/stamps
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxmethods.data.pictures import MARKER
+from jaxmethods.data.sources import write_jsonl
+
+Row = dict[str, Any]
+
+CAPTION = f"{MARKER}\nWhat is this?"
+_PACKAGE = "easy-vqa"
+_INSTALLED = Path("/usr/share/tuxpaint/stamps")
+_LETTERS = "symbols"
+"""The folder of letters, digits, coins and flags: captions tell little there."""
+
+
+def easy_vqa(split: str) -> list[Row]:
+    """Rows {"images", "messages"}: each picture of "train" or "test" with all its questions, in the order of the pictures.
+
+    Raises:
+        ModuleNotFoundError: easy-vqa is not installed.
+        ValueError: another split.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split={split!r} is unknown; easy-VQA has 'train' and 'test'.")
+    folder = _easy_vqa_folder() / split
+    rows: dict[int, Row] = {}
+    for question, answer, number in json.loads((folder / "questions.json").read_text()):
+        row = rows.setdefault(number, {"images": str(folder / "images" / f"{number}.png"), "messages": []})
+        asked = question if row["messages"] else f"{MARKER}\n{question}"
+        row["messages"] += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return [rows[number] for number in sorted(rows)]
+
+
+def single_questions(rows: Iterable[Row]) -> list[Row]:
+    """Rows {"images", "prompt", "answer"}: each question alone."""
+    out = []
+    for row in rows:
+        for asked, said in zip(row["messages"][::2], row["messages"][1::2], strict=True):
+            question = asked["content"].removeprefix(f"{MARKER}\n")
+            out.append({"images": row["images"], "prompt": f"{MARKER}\n{question}", "answer": said["content"]})
+    return out
+
+
+def _easy_vqa_folder() -> Path:
+    try:
+        distribution = importlib.metadata.distribution(_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise ModuleNotFoundError(f"easy-VQA is not installed; pip install --no-deps {_PACKAGE}==1.0") from None
+    return Path(str(distribution.locate_file("easy_vqa/data")))
+
+
+def stamps(folder: str | os.PathLike[str] | None = None) -> list[Row]:
+    """Rows {"images", "prompt", "answer"}: each stamp but letters and symbols, and its English sentence, by path.
+
+    Args:
+        folder: where the package was unpacked, or its `usr/share/tuxpaint/stamps`; by default where Debian installs it.
+
+    Raises:
+        FileNotFoundError: no stamps there.
+    """
+    root = _INSTALLED if folder is None else Path(folder)
+    root = next((path for path in (root / "usr/share/tuxpaint/stamps", root) if path.is_dir()), root)
+    rows = []
+    for text in sorted(root.glob("**/*.txt")):
+        picture = text.with_suffix(".png")
+        first = text.read_text(encoding="utf-8", errors="replace").splitlines()[:1]
+        if picture.is_file() and first and first[0].strip() and text.relative_to(root).parts[0] != _LETTERS:
+            rows.append({"images": str(picture.absolute()), "prompt": CAPTION, "answer": first[0].strip()})
+    if not rows:
+        raise FileNotFoundError(
+            f"{root} holds no stamps; get them with `apt-get download tuxpaint-stamps-default` and "
+            "`dpkg -x tuxpaint-stamps-default*.deb DIR`, and give --stamps DIR."
+        )
+    return rows
+
+
+def split_by_caption(rows: Sequence[Row], held_out: float = 0.15, seed: int = 0) -> tuple[list[Row], list[Row]]:
+    """(train, held out): about this share of the captions is held out, by a hash of the caption and the seed.
+
+    Stamps with one caption stay on one side.
+    """
+    parts: tuple[list[Row], list[Row]] = ([], [])
+    for row in rows:
+        digest = hashlib.blake2b(f"{seed} {row['answer'].casefold()}".encode(), digest_size=8).digest()
+        parts[int.from_bytes(digest) < held_out * 2**64].append(row)
+    return parts
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the rows of both; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m jaxmethods.data.vqa", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write the JSONL files to")
+    parser.add_argument("--stamps", type=Path, metavar="DIR", help="where tuxpaint-stamps-default was unpacked")
+    parser.add_argument("--held-out", type=float, default=0.15, help="share of the captions to hold out (default 0.15)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of these (default 0)")
+    options = parser.parse_args(arguments)
+    try:
+        train, held_out = split_by_caption(stamps(options.stamps), options.held_out, options.seed)
+        files = {
+            "questions.jsonl": easy_vqa("train"),
+            "questions_heldout.jsonl": single_questions(easy_vqa("test")),
+            "captions.jsonl": train,
+            "captions_heldout.jsonl": held_out,
+        }
+        options.to.mkdir(parents=True, exist_ok=True)
+        for name, rows in files.items():
+            write_jsonl(options.to / name, rows)
+            print(f"{options.to / name}: {len(rows):,} rows")
+    except (ImportError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,112 @@
+"""A language model given eyes: a vision tower before it, and a projector between them that has yet to learn."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Key
+
+from jaxmethods import tree
+from jaxmethods.images import ImageFormat
+from jaxmethods.models import architectures, efficientnet, files, huggingface
+from jaxmethods.models.decoder import Decoder, DecoderConfig
+from jaxmethods.models.dual import DualConfig
+from jaxmethods.models.vision import VisionConfig
+from jaxmethods.models.vlm import VLM, Sight, VLMConfig
+from jaxmethods.sharding import shardings_for
+from jaxmethods.tree import Tree
+
+
+def vlm_config(
+    decoder: DecoderConfig, tower: str | os.PathLike[str], *, image_token_id: int, pool: int | None = None
+) -> VLMConfig:
+    """The architecture of a decoder behind a vision tower; no weight is read.
+
+    Args:
+        tower: a folder or hub name of a CLIP, SigLIP or EfficientNet-Lite0 model. Of the former the layer before the last is
+            read, without class token, as LLaVA does.
+        image_token_id: of a token that the tokenizer knows and texts do not use.
+        pool: for EfficientNet, average its 7 x 7 features to this many a side.
+
+    Raises:
+        ValueError: another kind of model, or `pool` for a transformer.
+        FileNotFoundError, ConnectionError: as `models.load`.
+    """
+    folder = files.resolve(tower, weights=False)
+    told = files.model_config(folder)
+    seen: Any
+    if told.get("model_type") == efficientnet.FAMILY:
+        seen = dataclasses.replace(efficientnet.config_from_json(told), pool=pool, classes=0)
+    else:
+        if pool is not None:
+            raise ValueError(f"pool={pool} is for EfficientNet; the features of {tower} stay as they are.")
+        seen = huggingface.read_config(folder)
+        seen = seen.vision if isinstance(seen, DualConfig) else seen
+        if not isinstance(seen, VisionConfig):
+            raise ValueError(f"{tower} holds a {type(seen).__name__.removesuffix('Config')}, not a vision tower.")
+        seen = seen.reading(-2)
+    crops = "crop" if isinstance(seen, VisionConfig) and seen.family == "clip" else "squash"
+    form = ImageFormat(size=seen.image_size, grid=seen.grid, resize=crops)
+    return VLMConfig(decoder, Sight("llava", seen, form, image_token_id))
+
+
+def with_eyes(
+    module: Decoder,
+    params: Tree,
+    tower: str | os.PathLike[str],
+    *,
+    image_token_id: int,
+    key: Key[Array, ""],
+    pool: int | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[VLM, Tree]:
+    """A decoder with its parameters as a `VLM` with the tower's weights and a projector drawn from `key`.
+
+    Args:
+        mesh: places what is new, as `models.load` does.
+        The others as `vlm_config`.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: as `vlm_config` and `models.load`.
+    """
+    config = vlm_config(module.config, tower, image_token_id=image_token_id, pool=pool)
+    dtype = module.param_dtype
+    eyes = tree.partition(architectures.shapes(config, dtype), lambda path: path.startswith("vision_tower/"))[0]
+    placed = None if mesh is None else shardings_for(eyes, mesh, architectures.RULES)
+    placed = None if placed is None else placed["vision_tower"]
+    seen = huggingface.read_params(files.resolve(tower), config.sight.tower, dtype=dtype, shardings=placed)
+    projector = _draw_projector(config, dtype, key)
+    if mesh is not None:
+        projector = jax.device_put(projector, shardings_for(projector, mesh, architectures.RULES))
+    whole = VLM(
+        config.decoder, dtype=module.dtype, param_dtype=dtype, quantization=module.quantization, sight=config.sight
+    )
+    return whole, params | {"vision_tower": seen} | projector
+
+
+def with_eyes_shapes(
+    module: Decoder, tower: str | os.PathLike[str], *, image_token_id: int, pool: int | None = None
+) -> tuple[VLM, Tree]:
+    """(module, params) like `with_eyes`, with a ShapeDtypeStruct in place of each array."""
+    config = vlm_config(module.config, tower, image_token_id=image_token_id, pool=pool)
+    told: Any = dict(dtype=module.param_dtype, quantize=module.quantization)
+    return architectures.build(config, **told), architectures.shapes(config, **told)
+
+
+def _draw_projector(config: VLMConfig, dtype: Any, key: Key[Array, ""]) -> Tree:
+    """Normal with the standard deviation that keeps the size of what goes through; biases of 0."""
+    shapes = architectures.shapes(config, dtype)
+    new = tree.partition(shapes, lambda path: path.startswith(("projector/", "image_newline")))[0]
+
+    def draw(number: int, shape: jax.ShapeDtypeStruct) -> Array:
+        if len(shape.shape) < 2:
+            return jnp.zeros(shape.shape, shape.dtype)
+        scale = shape.shape[0] ** -0.5
+        return (scale * jax.random.normal(jax.random.fold_in(key, number), shape.shape)).astype(shape.dtype)
+
+    return tree.unflatten({path: draw(i, x) for i, (path, x) in enumerate(sorted(tree.flatten(new).items()))})
