@@ -6,8 +6,8 @@
 ((1, 384, 384, 3), (729, 1), 729)
 
 A vision tower makes `grid * grid` features of each crop. The features of a row's crops, one after the other, are what
-`places` count: the embedding of image token t is sum_j weights[t, j] * features[places[t, j]]. A model so needs neither
-sizes of pictures nor `if`s, and its shapes are those of a batch. Numpy and Pillow only; nothing here touches a device.
+`places` count: the embedding of image token t is sum_j weights[t, j] * features[places[t, j]]. So a model needs no
+sizes of pictures and no branches, and its shapes are those of a batch. Numpy and Pillow only; no device is touched.
 """
 
 from __future__ import annotations
@@ -436,7 +436,7 @@ def _neighbours(first: int, size: int, tokens: int) -> list[tuple[np.ndarray, np
     """The two features between which each token lies along one axis, and their weights.
 
     Token i of n lies at (i + 1/2) * size / n - 1/2 features behind the first, and not before it: torch's bilinear
-    `interpolate` with align_corners=False. Where n is `size`, the tokens are the features.
+    `interpolate` with align_corners=False, here in float64. Where n is `size`, the tokens are the features.
     """
     at = np.maximum((np.arange(tokens) + 0.5) * (size / max(tokens, 1)) - 0.5, 0.0)
     low = at.astype(np.int64)

@@ -1,4 +1,4 @@
-"""The command line: `jaxmethods train | generate | evaluate | export | plan`.
+"""The command line: `jaxmethods train | generate | evaluate | embed | export | plan`.
 
 Exit status: 0; 1 for a run that failed; 2 and one line for a wrong config, file or flag.
 """
@@ -16,7 +16,8 @@ COMMANDS: dict[str, str] = {
     "plan": "plan CONFIG.py [--topology v5p:8x8x8|h100:8 [--search]] [--json] [--picture FILE.png] [--FIELD VALUE ...]: "
     "what the run is, before it runs",
     "generate": "generate DIR|MODEL --prompt TEXT: answer a prompt with a run's model or any other",
-    "evaluate": "evaluate NAME DIR|MODEL: measure on held-out rows (completion)",
+    "evaluate": "evaluate completion|retrieval DIR|MODEL: measure on held-out rows",
+    "embed": "embed DIR|MODEL --data ROWS --to FILE.parquet: embed pictures and texts",
     "export": "export DIR --to OUT [--format hf|peft|adapter]: write a run's model for others",
 }
 
@@ -68,7 +69,14 @@ def _fail(text: str, status: int) -> None:
 
 
 def _command(name: str) -> Callable[[list[str]], None]:
-    return {"train": _train, "plan": _plan, "generate": _generate, "evaluate": _evaluate, "export": _export}[name]
+    return {
+        "train": _train,
+        "plan": _plan,
+        "generate": _generate,
+        "evaluate": _evaluate,
+        "embed": _embed,
+        "export": _export,
+    }[name]
 
 
 def _run_of(command: str, arguments: list[str], extra: Any = None) -> Any:
@@ -205,6 +213,14 @@ def _evaluate(arguments: list[str]) -> None:
     from jaxmethods.launch.evaluate import Evaluate, evaluate
 
     evaluate(tyro.cli(Evaluate, prog="jaxmethods evaluate", args=arguments))
+
+
+def _embed(arguments: list[str]) -> None:
+    import tyro
+
+    from jaxmethods.launch.embed import Embed, embed
+
+    embed(tyro.cli(Embed, prog="jaxmethods embed", args=arguments))
 
 
 def _export(arguments: list[str]) -> None:

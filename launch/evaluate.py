@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import tyro
 from etils import epath
 from rich.console import Console
@@ -18,7 +19,9 @@ from rich.panel import Panel
 from rich.table import Table
 
 from jaxmethods import data
-from jaxmethods.evals import completion
+from jaxmethods.evals import completion, retrieval
+from jaxmethods.launch import sheets
+from jaxmethods.launch.embed import embedded
 from jaxmethods.launch.opening import Opened, open_model
 
 
@@ -26,12 +29,13 @@ from jaxmethods.launch.opening import Opened, open_model
 class Evaluate:
     """Measure a model on rows with known answers."""
 
-    name: tyro.conf.Positional[Literal["completion"]]
-    """completion: likelihood of the answers, and ROUGE-L of greedy ones."""
+    name: tyro.conf.Positional[Literal["completion", "retrieval"]]
+    """completion: likelihood of the answers, and how far greedy ones agree with them. retrieval: which pictures and answers find
+    each other by their embeddings."""
     model: tyro.conf.Positional[str]
     """A run's work folder, or a model: folder, .gguf file, package:DIST/FILE, hub name."""
     data: str | None = None
-    """Rows with `prompt` and `answer`; by default the run's evaluation data."""
+    """Rows with `prompt` and `answer`, and perhaps `images`; by default the run's evaluation data."""
     rows: int = 64
     """The first so many rows."""
     max_new_tokens: int = 64
@@ -42,6 +46,10 @@ class Evaluate:
     """Measure the model before training too, and show both."""
     samples: int = 2
     """Answers to print."""
+    blind: bool = False
+    """Show the model grey pictures: what it knows without looking."""
+    sheet: str | None = None
+    """A PNG to draw pictures with their answers, or with what they find, into."""
     best: bool = False
     """The checkpoint with the lowest evaluation loss instead of the latest."""
     json: bool = False
@@ -52,6 +60,9 @@ def evaluate(options: Evaluate) -> None:
     """Prints the measurements; for a run they are also written to WORKDIR/evaluation.json."""
     console = Console(stderr=options.json)
     opened = open_model(options.model, best=options.best)
+    if options.name == "retrieval":
+        _retrieval(console, options, opened)
+        return
     rows, source = _rows(options, opened)
     length = opened.run.data.sequence_length if opened.run else 512
     models: dict[str, Opened] = {"before": opened.base()} if options.against_base and opened.run else {}
@@ -65,8 +76,21 @@ def evaluate(options: Evaluate) -> None:
                 max_new_tokens=options.max_new_tokens, batch_size=min(options.batch_size, len(rows)),
                 progress=lambda text, name=name: status.update(f"{name}: {text}"),  # type: ignore[misc]
             )  # fmt: skip
-    numbers = {name: {"nll": r.nll, "perplexity": r.perplexity, "rouge_l": r.rouge_l} for name, r in results.items()}
-    record = {"data": source, "rows": len(rows), "step": opened.step, **numbers}
+    numbers = {
+        name: {"nll": r.nll, "perplexity": r.perplexity, "rouge_l": r.rouge_l, "exact": r.exact}
+        for name, r in results.items()
+    }
+    _, share = completion.majority(rows)
+    record = {
+        "data": source,
+        "rows": len(rows),
+        "step": opened.step,
+        "blind": options.blind,
+        "majority": share,
+        **numbers,
+    }
+    if options.sheet:
+        sheets.draw_answers(options.sheet, rows, {name: result.answers for name, result in results.items()})
     if opened.run:
         (epath.Path(options.model) / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
     if options.json:
@@ -77,30 +101,117 @@ def evaluate(options: Evaluate) -> None:
         _next_steps(console, options.model, opened)
 
 
-def _rows(options: Evaluate, opened: Opened) -> tuple[list[dict[str, str]], str]:
-    """The first rows of the file that is asked for, or of the run's own, by the names `prompt` and `answer`."""
-    if options.data is None and (opened.run is None or not opened.run.data.evaluation):
+def _source(options: Evaluate, opened: Opened) -> data.Source:
+    """Where the rows are: the file that is asked for, or the run's own."""
+    if options.data is not None:
+        return data.Source(options.data)
+    if opened.run is None or not opened.run.data.evaluation:
         raise ValueError("evaluate needs --data FILE: there is no run with evaluation data to take rows from.")
-    sources: Any = (
-        opened.run.data.evaluation if options.data is None and opened.run else (data.Source(str(options.data)),)
-    )
-    source = sources[0]
+    return opened.run.data.evaluation[0]  # type: ignore[index,return-value]
+
+
+def _retrieval(console: Console, options: Evaluate, opened: Opened) -> None:
+    """Which pictures find their captions and the reverse; pictures and captions that occur more than once count as one."""
+    source = _source(options, opened)
+    records = data.open_records(source.path)
+    rows = [records[i] for i in range(min(options.rows, len(records)))]
+    models = {"before": opened.base()} if options.against_base and opened.run else {}
+    models["after" if opened.run else options.model] = opened
+    places = [json.dumps(row.get(source.images), default=repr) for row in rows]
+    said = [completion.plain(_answer(row, source)) for row in rows]
+    ids = _joined(places, said)
+    first = [places.index(place) for place in dict.fromkeys(places)]
+    results = {}
+    for name, model in models.items():
+        told = dataclasses.replace(model, run=opened.run)  # the base reads rows as the run does
+        found = embedded(told, source, ("query", "target"), min(options.batch_size, len(rows)), console, options.rows)
+        results[name] = retrieval.retrieval(found["query"][first], found["target"], ids[first], ids)
+        last = found
+    if options.sheet:
+        seen = [{"images": data.located(rows[i].get(source.images), source.path)} for i in first]
+        captions = [_answer(row, source) for row in rows]
+        sheets.draw_retrieval(options.sheet, seen, last["query"][first], captions, last["target"], ids[first], ids)
+    record = {"data": source.path, "rows": len(rows), "images": len(first), "step": opened.step}
+    record |= {name: {**_plain(result)} for name, result in results.items()}
+    if opened.run:
+        (epath.Path(options.model) / "retrieval.json").write_text(json.dumps(record, indent=2) + "\n")
+    if options.json:
+        print(json.dumps(record))
+        return
+    table = Table(title=f"{len(first)} pictures and {len(rows)} captions of {source.path}")
+    table.add_column("")
+    for name in results:
+        for heading in ("picture to caption", "caption to picture"):
+            table.add_column(f"{name}: {heading}", justify="right")
+    ways = [way for result in results.values() for way in (result.image_to_text, result.text_to_image)]
+    for k in ways[0].recall:
+        table.add_row(f"recall@{k}", *(f"{way.recall[k]:.3f}" for way in ways))
+    table.add_row("mean reciprocal rank", *(f"{way.mean_reciprocal_rank:.3f}" for way in ways))
+    table.add_row("median rank", *(f"{way.median_rank:g}" for way in ways))
+    console.print(table)
+    gaps = ", ".join(f"{name} {result.modality_gap:.3f}" for name, result in results.items())
+    console.print(f"distance between the means of both kinds: {gaps}", highlight=False)
+    if options.sheet:
+        console.print(f"the nearest captions of some pictures: {options.sheet}", highlight=False)
+
+
+def _plain(result: Any) -> dict[str, Any]:
+    ways = {"image_to_text": result.image_to_text, "text_to_image": result.text_to_image}
+    told = {name: way._asdict() | {"recall": {str(k): v for k, v in way.recall.items()}} for name, way in ways.items()}
+    return told | {"modality_gap": result.modality_gap}
+
+
+def _answer(row: Any, source: data.Source) -> str:
+    if source.messages in row:
+        return "".join(m["content"] for m in row[source.messages] if m["role"] == "assistant")
+    if source.answer not in row:
+        raise ValueError(f"{source.path}: rows have no field {source.answer!r}; they have {', '.join(row)}.")
+    return str(row[source.answer])
+
+
+def _joined(*labels: Sequence[str]) -> np.ndarray:
+    """A number for each row; rows that share a label of any kind, directly or through others, have the same."""
+    number = list(range(len(labels[0])))
+
+    def root(i: int) -> int:
+        while number[i] != i:
+            number[i] = number[number[i]]
+            i = number[i]
+        return i
+
+    for kind in labels:
+        first: dict[str, int] = {}
+        for i, label in enumerate(kind):
+            number[root(i)] = root(first.setdefault(label, i))
+    return np.array([root(i) for i in range(len(number))])
+
+
+def _rows(options: Evaluate, opened: Opened) -> tuple[list[dict[str, Any]], str]:
+    """The first rows of the file that is asked for, or of the run's own, by the names `prompt`, `answer` and `images`."""
+    source = _source(options, opened)
     records = data.open_records(source.path)
     rows = [records[i] for i in range(min(options.rows, len(records)))]
     missing = [name for name in (source.prompt, source.answer) if name not in rows[0]]
     if missing:
         raise ValueError(f"{source.path}: rows have no field {missing[0]!r}; they have {', '.join(rows[0])}.")
-    return [{"prompt": row[source.prompt], "answer": row[source.answer]} for row in rows], source.path
+    seen = [data.located(row.get(source.images), source.path) for row in rows]
+    if options.blind:
+        seen = [data.blank(given) for given in seen]
+    return [
+        {"prompt": row[source.prompt], "answer": row[source.answer]} | ({} if given is None else {"images": given})
+        for row, given in zip(rows, seen, strict=True)
+    ], source.path
 
 
 def _show(
     console: Console,
     options: Evaluate,
     results: dict[str, completion.Completion],
-    rows: Sequence[dict[str, str]],
+    rows: Sequence[dict[str, Any]],
     source: str,
 ) -> None:
-    table = Table(title=f"{len(rows)} held-out rows of {source}")
+    blind = ", shown as grey pictures" if options.blind else ""
+    table = Table(title=f"{len(rows)} held-out rows of {source}{blind}")
     table.add_column("")
     for name in results:
         table.add_column(name, justify="right")
@@ -110,6 +221,7 @@ def _show(
         ("answer NLL (nats a token)", "nll", ".3f"),
         ("perplexity", "perplexity", ".2f"),
         ("ROUGE-L of greedy answers", "rouge_l", ".3f"),
+        ("greedy answers that are the given ones", "exact", ".3f"),
     ):
         values = [getattr(result, attribute) for result in results.values()]
         cells = [format(value, form) for value in values]
@@ -117,6 +229,10 @@ def _show(
             cells.append(format(values[-1] - values[0], f"+{form}"))
         table.add_row(label, *cells)
     console.print(table)
+    answer, share = completion.majority(rows)
+    console.print(f"always answering {escape(answer)!r} would be right in {share:.3f} of them", highlight=False)
+    if options.sheet:
+        console.print(f"pictures and answers: {options.sheet}", highlight=False)
     for i in range(min(options.samples, len(rows))):
         text = f"[bold]asked[/]  {escape(rows[i]['prompt'])}\n[bold]given[/]  {escape(rows[i]['answer'])}"
         for name, result in results.items():

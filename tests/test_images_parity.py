@@ -93,22 +93,9 @@ FEW = [(8, 8), (24, 24), (12, 40), (23, 31), (9, 64)]
 FULL = onevision(384, 27, 6, 9)  # the published models
 SMALL = onevision(9, 3, 3, 2)
 NEAR = [(1308, 1152), (1422, 1152)]  # a little less and a little more than what is interpolated
+LARGE = [(384, 384), (1000, 700), (2304, 2304), (3000, 150), (1, 1), (150, 3000), (1919, 1080), (1, 5000), (5000, 2)]
 PACKED = {
-    "full": (
-        FULL,
-        [
-            (384, 384),
-            (1000, 700),
-            (2304, 2304),
-            (3000, 150),
-            (1, 1),
-            (150, 3000),
-            (1919, 1080),
-            (1, 5000),
-            (5000, 2),
-            *NEAR,
-        ],
-    ),
+    "full": (FULL, LARGE + NEAR),
     "small": (SMALL, [*itertools.product((2, 3, 5, 8, 13, 21, 34), repeat=2), (100, 71), (20, 1), (33, 660), (999, 1)]),
     "even": (onevision(8, 4, 3, 2), [(8, 8), (24, 24), (40, 3), (3, 40), (23, 31), (64, 9), (20, 1), (20, 8)]),
     "one": (onevision(9, 3, 3, 1), FEW),
@@ -140,16 +127,17 @@ def our_tokens(features: np.ndarray, newline: np.ndarray, prepared) -> np.ndarra
 
 @pytest.mark.parametrize("name", PACKED)
 def test_tokens_parity(name):
+    """In float64, where torch's interpolation has its own formula's weights: in float32 it is off by 1e-5 of a step."""
     format, sizes = PACKED[name]
     rng = np.random.default_rng(0)
-    newline = rng.normal(size=5).astype(np.float32)
+    newline = rng.normal(size=5)
     for width, height in sizes:
         prepared = prepare(Image.new("RGB", (width, height)), format)
-        features = rng.normal(size=(len(prepared.crops), format.grid**2, 5)).astype(np.float32)
+        features = rng.normal(size=(len(prepared.crops), format.grid**2, 5))
         theirs = their_tokens(features, newline, format, width, height)
         assert format.tokens_of(width, height) == len(theirs)
         np.testing.assert_allclose(
-            our_tokens(features, newline, prepared), theirs, atol=1e-5, err_msg=f"{width}x{height}"
+            our_tokens(features, newline, prepared), theirs, atol=1e-6, err_msg=f"{width}x{height}"
         )
 
 

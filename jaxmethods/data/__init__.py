@@ -12,12 +12,14 @@ from jaxmethods.data.chat import Renderer, prompt_tokens, render
 from jaxmethods.data.config import Data, Source
 from jaxmethods.data.examples import Example, Examples, split_text, truncate
 from jaxmethods.data.packing import Batch, PackedRows, Plan, best_fit, one_each
+from jaxmethods.data.pictures import MARKER, blank, located
 from jaxmethods.data.pipeline import Batches, BatchIterator, Mixture, batches, evaluation_batches
 from jaxmethods.data.prompts import prompt_batch
 from jaxmethods.data.sources import Place, Records, open_records, records_in_memory
 from jaxmethods.data.views import Conversation, View, batch_shapes
 
 __all__ = [
+    "MARKER",
     "Batch",
     "BatchIterator",
     "Batches",
@@ -37,8 +39,10 @@ __all__ = [
     "batch_shapes",
     "batches",
     "best_fit",
+    "blank",
     "build",
     "evaluation_batches",
+    "located",
     "one_each",
     "open_records",
     "prompt_batch",

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool
 
 from jaxmethods import images
 from jaxmethods.images import ImageFormat
@@ -22,34 +22,60 @@ MARKER = "<image>"
 
 
 class Picture(NamedTuple):
-    """A picture that a row names: where it is, the row (for messages), and its numbers of tokens and crops."""
+    """A picture that a row names: where it is, the row (for messages), and how it is cut; its numbers of tokens and crops."""
 
     source: Any
     where: str
+    format: ImageFormat
     tokens: int
     crops: int
+
+    @classmethod
+    def of(cls, source: Any, where: str, format: ImageFormat) -> Picture:
+        """Reads the size of the picture, and no more of it.
+
+        Raises:
+            ValueError, FileNotFoundError: no such file, or a broken header; names the row.
+        """
+        size = images.picture_size(source, where)
+        return cls(source, where, format, format.tokens_of(*size), format.crops_of(*size))
 
 
 def pictures_of(given: Any, where: str, folder: str, format: ImageFormat) -> tuple[Picture, ...]:
     """The pictures in a field of a row: none (null), one, or a list; each a path, bytes, or {"bytes", "path"}.
 
-    Relative paths start from `folder`, where the rows lie.
+    Relative paths start from `folder`, where the rows lie. Several pictures are one crop each (`ImageFormat.one_crop`).
 
     Raises:
         ValueError, FileNotFoundError: something else in the field, no such file, or a broken header; names the row.
     """
     listed = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
-    return tuple(_picture(source, where, folder, format) for source in listed)
+    cut = format.one_crop if len(listed) > 1 else format
+    return tuple(Picture.of(_located(source, folder), where, cut) for source in listed)
 
 
-def _picture(source: Any, where: str, folder: str, format: ImageFormat) -> Picture:
+def located(given: Any, path: str) -> Any:
+    """What a row's field of pictures holds, relative paths from the folder of the rows' file `path`."""
+    listed = given if isinstance(given, list | tuple) else [] if given is None else [given]
+    found = [_located(source, os.path.dirname(path)) for source in listed]
+    return found if isinstance(given, list | tuple) else found[0] if found else None
+
+
+def blank(given: Any) -> Any:
+    """Grey pictures of the sizes of those that a row's field names."""
+    grey = lambda source: np.full((*images.picture_size(source, "a row")[::-1], 3), 127, np.uint8)
+    if given is None:
+        return None
+    return [grey(source) for source in given] if isinstance(given, list | tuple) else grey(given)
+
+
+def _located(source: Any, folder: str) -> Any:
     if isinstance(source, Mapping) and source.get("bytes") is None:
         source = source.get("path")
-    if isinstance(source, str | os.PathLike):
-        path = epath.Path(source)
-        source = str(path if path.is_absolute() or "://" in str(source) else epath.Path(folder) / path)
-    size = images.picture_size(source, where)
-    return Picture(source, where, format.tokens_of(*size), format.crops_of(*size))
+    if not isinstance(source, str | os.PathLike):
+        return source
+    path = epath.Path(source)
+    return str(path if path.is_absolute() or "://" in str(source) else epath.Path(folder) / path)
 
 
 def expand(
@@ -91,7 +117,7 @@ def seen(
     """
     prepared = []
     for picture in pictures:
-        made = images.prepare(images.open_picture(picture.source, picture.where), format)
+        made = images.prepare(images.open_picture(picture.source, picture.where), picture.format)
         if len(made.places) != picture.tokens:
             raise ValueError(
                 f"{picture.where}: picture {picture.source} has another size than when the run began; leave files as they are."
@@ -104,8 +130,3 @@ def seen(
         row["place_weights"] = np.zeros((len(where), format.corners), np.float32)
         row["place_weights"][where] = weights
     return row
-
-
-def count_images(tokens: Int32[np.ndarray, " time"], token_id: int) -> int:
-    """How many of the tokens are image tokens."""
-    return int((tokens == token_id).sum())

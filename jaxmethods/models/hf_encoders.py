@@ -320,7 +320,7 @@ def _norm(
     at: str, name: str, module: str, width: int, theirs: str | None = None, stack: tuple[int, ...] = ()
 ) -> list[Leaf]:
     path, name = at + module, name + (theirs or module.replace("/", "."))
-    return [Leaf(f"{path}/{leaf}", f"{name}.{theirs}", (*stack, width), False) for leaf, theirs in _NORM]
+    return [Leaf(f"{path}/{ours}", f"{name}.{tensor}", (*stack, width), False) for ours, tensor in _NORM]
 
 
 _NORM = (("scale", "weight"), ("bias", "bias"))

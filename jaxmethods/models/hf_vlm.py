@@ -142,13 +142,17 @@ def _format(
         sides = range(size, 6 * size + 1, size)
         grids = config.get("image_grid_pinpoints") or [[high, wide] for high in sides for wide in sides]
         grids = tuple((int(high), int(wide)) for high, wide in grids)
-        return ImageFormat(resize="anyres", resolutions=grids, max_crops=int(most[1]), newline=True, **told)
-    mean = preprocessor.get("image_mean")
+        told |= {"resize": "anyres", "resolutions": grids, "max_crops": int(most[1]), "newline": True}
+        return ImageFormat(background=_background(tower), **told)
     if preprocessor.get("do_pad"):
-        background: Any = {} if mean is None else {"background": tuple(int(255 * x) for x in mean)}
-        return ImageFormat(resize="pad", **background, **told)
+        return ImageFormat(resize="pad", background=_background(tower), **told)
     crops = preprocessor.get("do_center_crop", tower.family == "clip")
     return ImageFormat(resize="crop" if crops else "squash", **told)
+
+
+def _background(tower: VisionConfig | EfficientNetConfig) -> tuple[int, int, int]:
+    red, green, blue = (int(255 * x) for x in tower.mean)
+    return red, green, blue
 
 
 def _report_unknown(config: Mapping[str, Any]) -> None:

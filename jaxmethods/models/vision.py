@@ -182,7 +182,7 @@ class ProbeAttention(nn.Module):
 
 
 class ProbeHead(nn.Module):
-    """SigLIP's pooling: a learned probe attends to the tokens, an MLP follows (https://arxiv.org/abs/2106.04560, section 3.4)."""
+    """SigLIP's pooling: a learned probe attends to the tokens, an MLP follows (https://arxiv.org/abs/2106.04560, "MAP")."""
 
     config: EncoderConfig
     dtype: Any = jnp.float32

@@ -133,7 +133,7 @@ def write(file: Path, tensors: Sequence[Planned], metadata: Mapping[str, str]) -
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(encoded)) + encoded)
         for tensor in tensors:
-            array = np.ascontiguousarray(tensor.make(), tensor.dtype)
+            array = np.asarray(tensor.make(), tensor.dtype, order="C")
             assert array.shape == tensor.shape, (tensor.name, array.shape, tensor.shape)
             stream.write(array.reshape(-1).view(np.uint8).data)
         stream.flush()

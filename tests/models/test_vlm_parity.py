@@ -69,17 +69,21 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
+def cut(format, row):
+    return format.one_crop if len(row) > 1 else format
+
+
 def rows(sight, given: list[list[Image.Image]], width: int):
     """Rows of tokens with these pictures at markers between words, padded on the right; and their `Images`."""
     rng = np.random.default_rng(1)
     tokens, mask, arrays = np.zeros((len(given), width), np.int32), np.zeros((len(given), width), bool), []
-    crops = max(sum(sight.format.crops_of(*p.size) for p in row) for row in given)
+    crops = max(sum(cut(sight.format, row).crops_of(*p.size) for p in row) for row in given)
     for i, row in enumerate(given):
         ids = [*rng.integers(1, 80, 3)]
         for p in row:
-            ids += [sight.image_token_id] * sight.format.tokens_of(*p.size) + [*rng.integers(1, 80, 4)]
+            ids += [sight.image_token_id] * cut(sight.format, row).tokens_of(*p.size) + [*rng.integers(1, 80, 4)]
         tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
-        named = [Picture(p, "a row", sight.format.tokens_of(*p.size), sight.format.crops_of(*p.size)) for p in row]
+        named = [Picture.of(p, "a row", cut(sight.format, row)) for p in row]
         arrays.append(seen(named, tokens[i] == sight.image_token_id, sight.format, crops))
     stacked = {name: np.stack([a[name] for a in arrays]) for name in arrays[0]}
     return tokens, mask, models.pictures(stacked)["images"]
@@ -127,15 +131,16 @@ def test_parity_of_llava_onevision(tmp_path):
     module, params = models.load(tmp_path / "theirs")
     assert module.sight.format.max_crops == 2 and module.config.tie_embeddings
     given = [[picture(60, 20, 0)], [picture(80, 80, 1)], [picture(20, 25, 2), picture(30, 70, 3)]]
-    width = 16 + max(sum(module.sight.format.tokens_of(*p.size) for p in row) for row in given)
+    width = 16 + max(sum(cut(module.sight.format, row).tokens_of(*p.size) for p in row) for row in given)
     tokens, mask, seen_by_us = rows(module.sight, given, width)
-    flat = [p for row in given for p in row]
-    crops = [normalised(module.sight, images.prepare(p, module.sight.format).crops) for p in flat]
+    flat = [(p, cut(module.sight.format, row)) for row in given for p in row]
+    crops = [normalised(module.sight, images.prepare(p, form).crops) for p, form in flat]
     most = max(map(len, crops))
     padded = torch.stack([torch.cat([c, torch.zeros(most - len(c), *c.shape[1:])]) for c in crops])
     told = dict(
         input_ids=torch.tensor(tokens).long(), attention_mask=torch.tensor(mask), pixel_values=padded,
-        image_sizes=torch.tensor([(p.size[1], p.size[0]) for p in flat]),
+        image_sizes=torch.tensor([(p.size[1], p.size[0]) for p, _ in flat]),
+        batch_num_images=torch.tensor([1, 1, 2]),
     )  # fmt: skip
     with torch.no_grad():
         wanted = model(**told).logits.numpy()

@@ -1,0 +1,90 @@
+"""`jaxmethods embed`: embeddings of rows, into a Parquet file."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+
+from jaxmethods import data
+from jaxmethods.evals import embedding
+from jaxmethods.launch.opening import Opened, open_model
+from jaxmethods.objectives import CAFe
+
+
+@dataclasses.dataclass(frozen=True)
+class Embed:
+    """Embed rows with a run's model, or any other."""
+
+    model: tyro.conf.Positional[str]
+    """A run's work folder, or a model: folder, .gguf file, package:DIST/FILE, hub name."""
+    data: Annotated[str, tyro.conf.arg(metavar="ROWS.jsonl")]
+    """Rows as the run was trained on: with pictures for "query", with answers for "target"."""
+    to: Annotated[str, tyro.conf.arg(metavar="FILE.parquet")]
+    """The file to write: the rows' fields that are text or numbers, and a column of embeddings for each view."""
+    view: Literal["both", "query", "target"] = "both"
+    """Which reading of the rows: the picture (or the user's side of a pair), the answer, or both."""
+    batch_size: int = 16
+    """Rows at a time."""
+    best: bool = False
+    """The checkpoint with the lowest evaluation loss instead of the latest."""
+
+
+def embed(options: Embed) -> None:
+    """Writes the file, whole or not at all."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ImportError(f"{options.to}: writing this needs pyarrow; pip install jaxmethods[data].") from None
+    target = Path(options.to)
+    if target.exists():
+        raise ValueError(f"{options.to} exists already; choose another --to.")
+    if not target.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{options.to}: there is no folder {target.absolute().parent}.")
+    console = Console(stderr=True)
+    opened = open_model(options.model, best=options.best)
+    rows = list(data.open_records(options.data))
+    views = ("query", "target") if options.view == "both" else (options.view,)
+    found = embedded(opened, options.data, views, options.batch_size, console)
+    columns: dict[str, Any] = {"row": np.arange(len(rows))}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
+        if name not in ("row", *views) and all(
+            value is None or isinstance(value, str | int | float) for value in values
+        ):
+            columns[name] = values
+    columns |= {name: list(array) for name, array in found.items()}
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        pyarrow.parquet.write_table(pyarrow.table(columns), partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    width = next(iter(found.values())).shape[1]
+    print(f"wrote {options.to}: {len(rows)} rows, {' and '.join(views)} of {width} numbers")
+
+
+def embedded(
+    opened: Opened,
+    rows: data.Source | str,
+    views: tuple[str, ...],
+    batch_size: int,
+    console: Console,
+    limit: int | None = None,
+) -> dict[str, np.ndarray]:
+    """View -> [rows, width], as the run's objective reads rows, or as CAFe does."""
+    objective = opened.run.objective if opened.run and isinstance(opened.run.objective, CAFe) else CAFe()
+    length = opened.run.data.sequence_length if opened.run else 512
+    with console.status("embedding") as status:
+        return embedding.embed_rows(
+            opened.module, opened.params, opened.tokenizer, rows, objective=objective, views=views,
+            sequence_length=length, batch_size=batch_size, limit=limit, progress=status.update,
+        )  # fmt: skip
+
+
+__all__ = ["Embed", "embed", "embedded"]
