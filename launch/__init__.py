@@ -1,5 +1,5 @@
-"""Programs: train, generate, evaluate, export, plan."""
+"""Programs: train, generate, evaluate, embed, export, plan."""
 
-from jaxmethods.launch.config import Mesh, Run
+from jaxmethods.launch.config import Mesh, Run, Vision
 
-__all__ = ["Mesh", "Run"]
+__all__ = ["Mesh", "Run", "Vision"]

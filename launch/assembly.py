@@ -90,6 +90,11 @@ def views_of(run: Run) -> Any:
     return None if views is None else views()
 
 
+def whole_batches(run: Run) -> bool:
+    """Whether the objective's batch cannot be cut into parts whose losses add up."""
+    return getattr(run.objective, "whole_batches", False)
+
+
 def model_shapes(run: Run) -> tuple[Any, Tree]:
     """(module, shapes of its parameters) of the run's base model."""
     module, params = models.shapes(run.model, dtype=jnp.dtype(run.param_dtype), quantize=run.quantize)
@@ -132,7 +137,7 @@ def assemble(run: Run, module: Any, base: Tree, mesh: Mesh) -> Assembly:
             f"evaluation_batch_size={run.evaluation_batch_size} must be a multiple of data x fsdp = {ways}; "
             f"try evaluation_batch_size={-(-(run.evaluation_batch_size or 1) // ways) * ways}."
         )
-    if run.accumulate > 1 and getattr(run.objective, "whole_batches", False):
+    if run.accumulate > 1 and whole_batches(run):
         raise ValueError(
             f"accumulate={run.accumulate} would cut the batch, and a pair would have fewer negatives; leave it at 1 and set "
             "objective.chunk, which holds as little."

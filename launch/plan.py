@@ -20,7 +20,7 @@ from rich.table import Table
 from jaxmethods import quantization, sharding, tree
 from jaxmethods.kernels.attention import splash
 from jaxmethods.launch import cost, hlo, plot, targets
-from jaxmethods.launch.assembly import Assembly, assemble, model_shapes
+from jaxmethods.launch.assembly import Assembly, assemble, model_shapes, whole_batches
 from jaxmethods.launch.config import Mesh, Run
 
 COMPILED_UP_TO = 2e9
@@ -61,7 +61,7 @@ def plan(run: Run, topology: str | None = None) -> dict[str, Any]:
         "devices": {
             "topology": topology, "kind": devices[0].device_kind, "count": len(devices), "mesh": dict(assembly.mesh.shape),
         },
-        "tokens_per_step": run.batch_size * run.data.sequence_length,
+        "tokens_per_step": sum(x.size for name, x in assembly.batch().items() if name.rpartition("/")[2] == "tokens"),
         "steps": run.steps,
         "state_bytes_per_device": _state_bytes(assembly),
         "layout": layout(assembly),
@@ -106,7 +106,8 @@ def arrangements(run: Run, devices: int) -> list[dict[str, Any]]:
     `data` nor `sequence` is used: what these are for, fewer bytes sent and fewer rows a device, cutting undoes.
     """
     meshes = [Mesh(1, devices // tensor, tensor) for tensor in (1, 2, 4, 8) if devices % tensor == 0]
-    plain = [{"mesh": mesh, "accumulate": parts} for mesh in meshes for parts in (1, 2, 4)]
+    parts = (1,) if whole_batches(run) else (1, 2, 4)
+    plain = [{"mesh": mesh, "accumulate": count} for mesh in meshes for count in parts]
     sizes = [size for size in (2, 4, 8) if devices % size == 0]
     copies = [Mesh(size, devices // size) for size in sizes if size < devices]
     splits = [Mesh(1, devices // size, 1, size) for size in sizes if splash.supports(run.data.sequence_length, size)]
@@ -125,9 +126,10 @@ def choices(run: Run, mesh: Any) -> list[dict[str, Any]]:
     if run.remat != "full":
         found.append({"remat": {"none": "dots", "dots": "full"}[run.remat]})
     sizes = dict(mesh.shape)
-    rows = run.batch_size // run.accumulate
+    whole = whole_batches(run)
+    rows = run.batch_size // run.accumulate if not whole else getattr(run.objective, "chunk", None) or run.batch_size
     if rows % (2 * sizes["data"] * sizes["fsdp"]) == 0:
-        found.append({"accumulate": 2 * run.accumulate})
+        found.append({"objective.chunk": rows // 2} if whole else {"accumulate": 2 * run.accumulate})
     if sizes["data"] > 1:
         found.append({"mesh": Mesh(1, sizes["data"] * sizes["fsdp"], sizes["tensor"], sizes["sequence"])})
     elif sizes["fsdp"] % 2 == 0:
@@ -136,7 +138,13 @@ def choices(run: Run, mesh: Any) -> list[dict[str, Any]]:
 
 
 def _tried(run: Run, change: dict[str, Any], devices: Sequence[Any]) -> dict[str, Any]:
-    assembly = _assembled(dataclasses.replace(run, **change), devices)
+    if "objective.chunk" in change:
+        changed = dataclasses.replace(
+            run, objective=dataclasses.replace(run.objective, chunk=change["objective.chunk"])
+        )
+    else:
+        changed = dataclasses.replace(run, **change)
+    assembly = _assembled(changed, devices)
     examined = _examined(assembly, devices, compiles=True) | {"state_bytes_per_device": _state_bytes(assembly)}
     kept = ("state_bytes_per_device", "bytes_per_device", "fits", "step_seconds_roofline", "bound", "compile_seconds")
     plain = {name: dataclasses.asdict(x) if isinstance(x, Mesh) else x for name, x in change.items()}

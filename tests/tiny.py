@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmethods import adapters, models, tree
+from jaxmethods.images import ImageFormat
+from jaxmethods.models import architectures
+from jaxmethods.models.vision import MEAN_AND_STD
 
 
 def decoder(family: str = "llama", **changes) -> tuple[models.Decoder, dict]:
@@ -46,6 +49,42 @@ def _decoder(family: str, **changes) -> tuple[models.Decoder, dict]:
         return [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
 
     return module, jax.tree.unflatten(structure, noisy(leaves))
+
+
+def sight(kind: str = "llava", image_token_id: int = 60) -> models.Sight:
+    """How `vlm` sees: crops of 8 x 8 pixels, four features each; "llava_onevision" cuts pictures into crops and has a newline."""
+    family, cut = {
+        "llava": ("clip", {"resize": "crop"}),
+        "llava_onevision": (
+            "siglip",
+            {"resize": "anyres", "resolutions": ((8, 16), (16, 8), (16, 16)), "max_crops": 2, "newline": True},
+        ),
+    }[kind]
+    mean, std = MEAN_AND_STD[family]
+    layers = models.EncoderConfig(
+        hidden_size=16, intermediate_size=24, num_layers=3, num_heads=2, activation="quick_gelu"
+    )
+    tower = models.VisionConfig(family, layers, image_size=8, patch_size=4, mean=mean, std=std).reading(-2)
+    return models.Sight(kind, tower, ImageFormat(size=8, grid=2, **cut), image_token_id)
+
+
+def vlm(kind: str = "llava", family: str = "llama", *, image_token_id: int = 60, **changes) -> tuple[models.VLM, dict]:
+    """`decoder(family, **changes)` behind a vision tower of two layers and a projector, with random parameters."""
+    module, params = _vlm(kind, family, image_token_id, **changes)
+    return module, jax.tree.map(lambda x: x, params)
+
+
+@functools.cache
+def _vlm(kind: str, family: str, image_token_id: int, **changes) -> tuple[models.VLM, dict]:
+    module, params = decoder(family, **changes)
+    whole = models.VLM(module.config, sight=sight(kind, image_token_id))
+    rng = np.random.default_rng(2)
+    eyes = {}
+    for path, shape in tree.flatten(architectures.shapes(whole.whole, np.float32)).items():
+        if models.part_of(path) != "decoder":
+            size = shape.shape[-2] ** -0.5 if path.endswith("/kernel") and "patch" not in path else 0.1
+            eyes[path] = jnp.asarray(path.endswith("scale") + size * rng.normal(size=shape.shape), jnp.float32)
+    return whole, params | tree.unflatten(eyes)
 
 
 def adapted(pairs, family: str = "llama", *, seed: int = 2, moved: float = 0.2, **changes):

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxmethods.models import architectures, files, gguf, huggingface
+from jaxmethods.models import architectures, files, gguf, hf_vlm, huggingface
 from jaxmethods.models.architectures import AnyConfig
 from jaxmethods.models.decoder import DecoderConfig
 from jaxmethods.tree import Tree
@@ -19,11 +19,32 @@ _LLAMA3: Any = dict(
 
 _8B: Any = dict(hidden_size=4096, intermediate_size=14_336, num_layers=32, num_heads=32)
 
+_QWEN2: Any = dict(
+    model_type="qwen2", vocab_size=152_000, rope_theta=1e6, max_position_embeddings=32_768, rms_norm_eps=1e-6
+)
+
+
+def _onevision(**text: Any) -> AnyConfig:
+    """LLaVA-OneVision as its config.json has it, on SigLIP-so400m at 384 pixels."""
+    return hf_vlm.vlm_config_from_hf({"model_type": "llava_onevision", "text_config": _QWEN2 | text})
+
+
 KNOWN: dict[str, AnyConfig] = {
     "meta-llama/Meta-Llama-3-8B": DecoderConfig(**_LLAMA3 | {"eos_ids": (128_001,)}, **_8B),
     "meta-llama/Meta-Llama-3-8B-Instruct": DecoderConfig(**_LLAMA3, **_8B),
     "meta-llama/Meta-Llama-3-70B-Instruct": DecoderConfig(
         **_LLAMA3, hidden_size=8192, intermediate_size=28_672, num_layers=80, num_heads=64
+    ),
+    "llava-hf/llava-onevision-qwen2-0.5b-si-hf": _onevision(
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "llava-hf/llava-onevision-qwen2-7b-si-hf": _onevision(
+        hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4
     ),
 }
 """Architectures by hub name, so that a pod run can be planned where the hub is out of reach (and its licence unsigned)."""
