@@ -42,7 +42,7 @@ class Options:
     """Rows of a chunk, of the cached form; smaller than the batch."""
     torch_chunks: tuple[int, ...] = (64,)
     """The same, of GradCache in torch."""
-    length: int = 16
+    length: int = 8
     """Tokens of a row."""
     layers: int = 2
     """Of the encoder, a Llama of width 256, whose last hidden state is the embedding."""

@@ -2,8 +2,8 @@
 
     make vlm
 
-or, with the packages installed, the tower converted by `python -m jaxmethods.models.convert_efficientnet --to build/efficientnet_lite0`
-and the rows written by `python -m jaxmethods.data.vqa --to build/pictures --stamps build/stamps`:
+or, with the packages installed, the tower converted (`python -m jaxmethods.models.convert_efficientnet --to
+build/efficientnet_lite0`) and the rows written (`python -m jaxmethods.data.vqa --to build/pictures --stamps build/stamps`):
 
     jaxmethods train configs/small_vlm.py
     jaxmethods evaluate completion runs/small_vlm --rows 200 --sheet small_vlm.png
@@ -36,8 +36,8 @@ def config() -> Run:
         adapters={"model/layers/.*_proj": LoRA(rank=16)},
         trained="projector/|/adapter/",
         optimizer=Optimizer(learning_rate=1.5e-3, warmup=5, groups=(("projector/", 2.0),)),
-        steps=100,
+        steps=120,
         batch_size=4,
-        evaluate_every=50,
-        checkpoint_every=50,
+        evaluate_every=60,
+        checkpoint_every=60,
     )

@@ -125,6 +125,12 @@ def assemble(run: Run, module: Any, base: Tree, mesh: Mesh) -> Assembly:
     Raises:
         ValueError: a regex that matches nothing or a quantised kernel, or sizes that the mesh does not divide.
     """
+    least = getattr(run.objective, "least_rows", 1)
+    for name in ("batch_size", "evaluation_batch_size"):
+        if (rows := getattr(run, name)) is not None and rows < least:
+            raise ValueError(
+                f"{name}={rows} holds no second pair, whose target would be the first query's negative; take {least} or more."
+            )
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if run.batch_size % (ways * run.accumulate):
         least = ways * run.accumulate

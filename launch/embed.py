@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 
 from jaxmethods import data
+from jaxmethods.data.config import as_sources
 from jaxmethods.evals import embedding
 from jaxmethods.launch.opening import Opened, open_model
 from jaxmethods.objectives import CAFe
@@ -23,7 +24,7 @@ class Embed:
     model: tyro.conf.Positional[str]
     """A run's work folder, or a model: folder, .gguf file, package:DIST/FILE, hub name."""
     data: Annotated[str, tyro.conf.arg(metavar="ROWS.jsonl")]
-    """Rows as the run was trained on: with pictures for "query", with answers for "target"."""
+    """Rows as the run was trained on, with the same names of fields: pictures for "query", answers for "target"."""
     to: Annotated[str, tyro.conf.arg(metavar="FILE.parquet")]
     """The file to write: the rows' fields that are text or numbers, and a column of embeddings for each view."""
     view: Literal["both", "query", "target"] = "both"
@@ -50,14 +51,21 @@ def embed(options: Embed) -> None:
     opened = open_model(options.model, best=options.best)
     rows = list(data.open_records(options.data))
     views = ("query", "target") if options.view == "both" else (options.view,)
-    found = embedded(opened, options.data, views, options.batch_size, console)
     columns: dict[str, Any] = {"row": np.arange(len(rows))}
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]
         if name not in ("row", *views) and all(
             value is None or isinstance(value, str | int | float) for value in values
         ):
-            columns[name] = values
+            try:
+                columns[name] = pyarrow.array(values)
+            except (ValueError, TypeError, OverflowError) as error:
+                raise ValueError(f"{options.data}: field {name!r} has values of no one kind ({error}).") from None
+    source = data.Source(options.data)
+    if opened.run and opened.run.data.train:
+        first: Any = as_sources(opened.run.data.train)[0]
+        source = dataclasses.replace(first, path=options.data, weight=1.0)
+    found = embedded(opened, source, views, options.batch_size, console)
     columns |= {name: list(array) for name, array in found.items()}
     partial = target.with_name(f".{target.name}.partial")
     try:
@@ -69,6 +77,11 @@ def embed(options: Embed) -> None:
     print(f"wrote {options.to}: {len(rows)} rows, {' and '.join(views)} of {width} numbers")
 
 
+def objective_of(opened: Opened) -> CAFe:
+    """How rows are read and embedded: as the run does, or as CAFe does by default."""
+    return opened.run.objective if opened.run and isinstance(opened.run.objective, CAFe) else CAFe()
+
+
 def embedded(
     opened: Opened,
     rows: data.Source | str,
@@ -77,14 +90,13 @@ def embedded(
     console: Console,
     limit: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """View -> [rows, width], as the run's objective reads rows, or as CAFe does."""
-    objective = opened.run.objective if opened.run and isinstance(opened.run.objective, CAFe) else CAFe()
+    """View -> [rows, width]."""
     length = opened.run.data.sequence_length if opened.run else 512
     with console.status("embedding") as status:
         return embedding.embed_rows(
-            opened.module, opened.params, opened.tokenizer, rows, objective=objective, views=views,
+            opened.module, opened.params, opened.tokenizer, rows, objective=objective_of(opened), views=views,
             sequence_length=length, batch_size=batch_size, limit=limit, progress=status.update,
         )  # fmt: skip
 
 
-__all__ = ["Embed", "embed", "embedded"]
+__all__ = ["Embed", "embed", "embedded", "objective_of"]

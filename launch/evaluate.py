@@ -19,9 +19,10 @@ from rich.panel import Panel
 from rich.table import Table
 
 from jaxmethods import data
+from jaxmethods.data.views import conversation_of
 from jaxmethods.evals import completion, retrieval
 from jaxmethods.launch import sheets
-from jaxmethods.launch.embed import embedded
+from jaxmethods.launch.embed import embedded, objective_of
 from jaxmethods.launch.opening import Opened, open_model
 
 
@@ -59,6 +60,8 @@ class Evaluate:
 def evaluate(options: Evaluate) -> None:
     """Prints the measurements; for a run they are also written to WORKDIR/evaluation.json."""
     console = Console(stderr=options.json)
+    if options.sheet and "://" not in options.sheet and not Path(options.sheet).absolute().parent.is_dir():
+        raise FileNotFoundError(f"{options.sheet}: there is no folder {Path(options.sheet).absolute().parent}.")
     opened = open_model(options.model, best=options.best)
     if options.name == "retrieval":
         _retrieval(console, options, opened)
@@ -74,6 +77,7 @@ def evaluate(options: Evaluate) -> None:
             results[name] = completion.evaluate(
                 model.module, model.params, model.tokenizer, rows, sequence_length=length,
                 max_new_tokens=options.max_new_tokens, batch_size=min(options.batch_size, len(rows)),
+                system=getattr(opened.run.objective, "system", None) if opened.run else None,
                 progress=lambda text, name=name: status.update(f"{name}: {text}"),  # type: ignore[misc]
             )  # fmt: skip
     numbers = {
@@ -111,25 +115,32 @@ def _source(options: Evaluate, opened: Opened) -> data.Source:
 
 
 def _retrieval(console: Console, options: Evaluate, opened: Opened) -> None:
-    """Which pictures find their captions and the reverse; pictures and captions that occur more than once count as one."""
+    """Which queries find their targets and the reverse; those that occur more than once count as one."""
+    if options.blind:
+        raise ValueError("--blind is of evaluate completion; leave it out.")
     source = _source(options, opened)
     records = data.open_records(source.path)
     rows = [records[i] for i in range(min(options.rows, len(records)))]
-    models = {"before": opened.base()} if options.against_base and opened.run else {}
-    models["after" if opened.run else options.model] = opened
-    places = [json.dumps(row.get(source.images), default=repr) for row in rows]
-    said = [completion.plain(_answer(row, source)) for row in rows]
-    ids = _joined(places, said)
-    first = [places.index(place) for place in dict.fromkeys(places)]
-    results = {}
-    for name, model in models.items():
-        told = dataclasses.replace(model, run=opened.run)  # the base reads rows as the run does
-        found = embedded(told, source, ("query", "target"), min(options.batch_size, len(rows)), console, options.rows)
-        results[name] = retrieval.retrieval(found["query"][first], found["target"], ids[first], ids)
-        last = found
+    objective, run = objective_of(opened), opened.run
+    models = {"after" if run else options.model: opened}
+    if options.against_base and run:
+        # Before training the model read rows as the run does, by heads that were the identity.
+        plain = dataclasses.replace(run, objective=dataclasses.replace(objective, heads=False))
+        models = {"before": dataclasses.replace(opened.base(), run=plain)} | models
+    embed = lambda model: embedded(
+        model, source, ("query", "target"), min(options.batch_size, len(rows)), console, options.rows
+    )
+    found = {name: embed(model) for name, model in models.items()}
+    asked, said = (_labels(rows, source, objective.embeddings()[name]) for name in ("query", "target"))
+    ids = _joined(asked, said)
+    first = [asked.index(label) for label in dict.fromkeys(asked)]
+    results = {
+        name: retrieval.retrieval(of["query"][first], of["target"], ids[first], ids) for name, of in found.items()
+    }
     if options.sheet:
         seen = [{"images": data.located(rows[i].get(source.images), source.path)} for i in first]
         captions = [_answer(row, source) for row in rows]
+        last = list(found.values())[-1]
         sheets.draw_retrieval(options.sheet, seen, last["query"][first], captions, last["target"], ids[first], ids)
     record = {"data": source.path, "rows": len(rows), "images": len(first), "step": opened.step}
     record |= {name: {**_plain(result)} for name, result in results.items()}
@@ -159,6 +170,16 @@ def _plain(result: Any) -> dict[str, Any]:
     ways = {"image_to_text": result.image_to_text, "text_to_image": result.text_to_image}
     told = {name: way._asdict() | {"recall": {str(k): v for k, v in way.recall.items()}} for name, way in ways.items()}
     return told | {"modality_gap": result.modality_gap}
+
+
+def _labels(rows: Sequence[Any], source: data.Source, view: data.View) -> list[str]:
+    """What tells the rows' readings apart: their words and their pictures."""
+    made = [view.make(conversation_of(row, source, source.path), None) for row in rows]
+    words = ("".join(message["content"] for message in reading.messages) for reading in made)
+    return [
+        json.dumps([completion.plain(text) or text, list(reading.images)], default=repr)
+        for text, reading in zip(words, made, strict=True)
+    ]
 
 
 def _answer(row: Any, source: data.Source) -> str:

@@ -36,7 +36,7 @@ def export(options: Export) -> None:
     if opened.run is None:
         raise ValueError(f"{options.run} is no run's work folder; export takes what `jaxmethods train` wrote.")
     if options.format == "hf":
-        module, params = opened.module, opened.params
+        module, params = opened.module, {name: x for name, x in opened.params.items() if name != "objective"}
         if opened.run.adapters:
             module, params = adapters.merge(module, params)
         models.save(str(target), module, params, tokenizer=opened.tokenizer)

@@ -23,11 +23,8 @@ def draw_answers(file: str, rows: Sequence[Mapping[str, Any]], answers: Mapping[
     Raises:
         ValueError: no row has a picture.
     """
-    seen = [i for i, row in enumerate(rows) if row.get("images") is not None][:MOST]
-    if not seen:
-        raise ValueError("no row has a picture, so there is no sheet to draw; leave --sheet out.")
     cells = []
-    for i in seen:
+    for i in _with_pictures(rows)[:MOST]:
         lines = [(_question(rows[i]["prompt"]), _INK), (f"given: {rows[i]['answer']}", _INK)]
         for name, said in answers.items():
             agrees = completion.plain(said[i]) == completion.plain(rows[i]["answer"])
@@ -47,10 +44,14 @@ def draw_retrieval(
     *,
     nearest: int = 4,
 ) -> None:
-    """Some pictures with the captions whose embeddings are nearest; the right ones in green."""
-    step = max(len(pictures) // MOST, 1)
+    """Some pictures with the captions whose embeddings are nearest; the right ones in green.
+
+    Raises:
+        ValueError: no row has a picture.
+    """
+    seen = _with_pictures(pictures)
     cells = []
-    for i in range(0, len(pictures), step)[:MOST]:
+    for i in seen[:: max(len(seen) // MOST, 1)][:MOST]:
         order = np.argsort(-(targets @ queries[i]), kind="stable")
         lines, told = [], set[str]()
         for j in order:
@@ -92,5 +93,13 @@ def _question(prompt: str) -> str:
     return prompt.replace(data.MARKER, "").strip()
 
 
+def _with_pictures(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Which rows have a picture."""
+    seen = [i for i, row in enumerate(rows) if _first(row.get("images")) is not None]
+    if not seen:
+        raise ValueError("no row has a picture, so there is no sheet to draw; leave --sheet out.")
+    return seen
+
+
 def _first(given: Any) -> Any:
-    return given[0] if isinstance(given, list | tuple) else given
+    return next(iter(given), None) if isinstance(given, list | tuple) else given

@@ -27,7 +27,7 @@ class Report:
 
     examples: what was laid into rows, `tokens` and `target_tokens` long in all. dropped: had no target.
     prompts_cut, answers_cut: lost their beginning, their end. texts_split: make several examples. pictures_dropped: their
-    pictures, or all of their answer behind these, do not fit into a row.
+    pictures (by tokens, or by `Data.crops`), or all of their answer behind these, do not fit into a row.
     """
 
     sequence_length: int
@@ -92,8 +92,8 @@ def build(
     sight: of a model that sees, such as `models.VLM.sight`; pictures are opened when a row is drawn.
     views: readings of each row by name; arrays are then called "NAME/tokens" and so on, and no two rows are packed into one.
 
-    Raises ValueError where data are missing or come from both, or are to be packed and have views; and what `open_records` and
-    `Renderer` raise.
+    Raises ValueError where data are missing or come from both, are to be packed and have views, or make rows of more pictures
+    than `Data.crops`; and what `open_records` and `Renderer` raise.
     """
     sources = as_sources(data.train if split == "train" else data.evaluation)
     if rows is not None and sources:
@@ -111,7 +111,8 @@ def build(
         lay_out(records, source, data, tokenizer, limit, sight)
         for records, source in given or ((open_records(source.path), source) for source in sources)
     ]
-    laid_out = [grain.MapDataset.source(part) for part, _ in parts]
+    made = [part for part, _ in parts]
+    laid_out = [grain.MapDataset.source(part) for part in (made if sight is None else _with_one_room(made))]
     report = sum((part_report for _, part_report in parts), start=Report(data.sequence_length))
     if len(laid_out) == 1:
         return laid_out[0], report
@@ -126,9 +127,8 @@ def _lay_out(
     """The rows of one source."""
     counts = _no_counts()
     rendered = Renderer(tokenizer, source, sight=sight).many(islice(records.placed(), limit))
-    examples = Examples.of(_fitting(rendered, data.sequence_length, tokenizer.bos_token_id, sight, counts))
-    if not len(examples):
-        raise ValueError(f"{records.source}: no row has a token to predict; all {counts['dropped']} were dropped.")
+    examples = Examples.of(_fitting(rendered, data.sequence_length, tokenizer.bos_token_id, sight, data.crops, counts))
+    _require_some(examples, records, counts)
     plan = best_fit(examples.lengths, data.sequence_length) if data.pack else one_each(len(examples))
     rows = PackedRows(examples, plan, data.sequence_length, sight, data.crops)
     return rows, _report(data, [examples], len(rows), counts)
@@ -168,15 +168,17 @@ def _lay_out_views(
     kept: dict[str, list[Example]] = {name: [] for name in views}
     for place, row in islice(records.placed(), limit):
         conversation = conversation_of(row, source, place)
-        made = [_view(renderers[name], view, conversation, place, data, counts) for name, view in views.items()]
-        if None in made:
-            counts["dropped"] += 1
-            continue
-        for name, example in zip(views, made, strict=True):
-            kept[name].append(example)  # type: ignore[arg-type]
+        made: dict[str, Example] = {}
+        for name, view in views.items():
+            example = _view(renderers[name], view, conversation, place, data, counts)
+            if example is None:  # which `_view` has counted
+                break
+            made[name] = example
+        else:
+            for name, example in made.items():
+                kept[name].append(example)
     examples = {name: Examples.of(of_view) for name, of_view in kept.items()}
-    if not any(map(len, examples.values())):
-        raise ValueError(f"{records.source}: no row has a token to predict; all {counts['dropped']} were dropped.")
+    _require_some(next(iter(examples.values())), records, counts)
     rows = ViewedRows(
         {
             name: PackedRows(
@@ -191,7 +193,7 @@ def _lay_out_views(
 def _view(
     renderer: Renderer, view: View, conversation: Conversation, place: Place, data: Data, counts: dict[str, int]
 ) -> Example | None:
-    """One reading of a row in at most the view's length; None where nothing of it can be predicted."""
+    """One reading of a row in at most the view's length; None where it is left out, which is counted."""
     length = view.length or data.sequence_length
 
     def read(most: int | None) -> Conversation:
@@ -206,8 +208,11 @@ def _view(
 
     example = render(None)
     if not view.embeds:
-        rendered = [("chat", example)]
-        return next(_fitting(rendered, length, renderer.tokenizer.bos_token_id, renderer.sight, counts), None)
+        told = renderer.tokenizer.bos_token_id, renderer.sight, data.crops
+        return next(_fitting([("chat", example)], length, *told, counts), None)
+    if _crops(example) > (data.crops or _crops(example)):
+        counts["pictures_dropped"] += 1
+        return None
     most = sum(len(message["content"]) for message in read(None).messages)
     counts["answers_cut"] += len(example.tokens) > length
     while len(example.tokens) > length:
@@ -225,6 +230,30 @@ def _no_counts() -> dict[str, int]:
     return dict.fromkeys(("dropped", "prompts_cut", "answers_cut", "texts_split", "pictures_dropped"), 0)
 
 
+def _require_some(examples: Examples, records: Records, counts: Mapping[str, int]) -> None:
+    if len(examples):
+        return
+    if big := counts["pictures_dropped"]:
+        raise ValueError(
+            f"{records.source}: no row is left; {big} have pictures that do not fit, and {counts['dropped']} no token to "
+            "predict. Raise data.sequence_length (and data.crops where it is set)."
+        )
+    raise ValueError(f"{records.source}: no row has a token to predict; all {counts['dropped']} were dropped.")
+
+
+def _with_one_room(parts: Sequence[Any]) -> list[Any]:
+    """The rows of all sources with room for as many crops as any of them needs, so that they can stand in one batch."""
+    if isinstance(parts[0], ViewedRows):
+        of_views = {name: _with_one_room([part.views[name] for part in parts]) for name in parts[0].views}
+        return [ViewedRows({name: rows[i] for name, rows in of_views.items()}) for i in range(len(parts))]
+    room = max(part.crops for part in parts)
+    return [dataclasses.replace(part, room=room) for part in parts]
+
+
+def _crops(example: Example) -> int:
+    return sum(picture.crops for picture in example.pictures)
+
+
 def _report(data: Data, examples: Sequence[Examples], rows: int, counts: dict[str, int]) -> Report:
     return Report(
         data.sequence_length,
@@ -237,10 +266,18 @@ def _report(data: Data, examples: Sequence[Examples], rows: int, counts: dict[st
 
 
 def _fitting(
-    rendered: Iterable[tuple[str, Example]], length: int, bos_id: int | None, sight: Any, counts: dict[str, int]
+    rendered: Iterable[tuple[str, Example]],
+    length: int,
+    bos_id: int | None,
+    sight: Any,
+    crops: int | None,
+    counts: dict[str, int],
 ) -> Iterator[Example]:
-    """The examples in at most `length` tokens; counts what was done to them."""
+    """The examples in at most `length` tokens and `crops` crops; counts what was done to them."""
     for form, example in rendered:
+        if crops is not None and _crops(example) > crops:
+            counts["pictures_dropped"] += 1
+            continue
         if example.pictures and len(example.tokens) > length:
             of_images = np.flatnonzero(example.tokens == sight.image_token_id)
             shorter = Example(example.tokens[:length], example.target_mask[:length], example.pictures)
@@ -249,7 +286,7 @@ def _fitting(
                 continue
             counts["answers_cut"] += 1
             pieces = [shorter]  # a prompt with pictures is not cut: a part of a picture means nothing
-        elif form == "text":
+        elif form == "text" and not example.pictures:
             pieces = split_text(example, length)
             counts["texts_split"] += len(pieces) > 1
         else:

@@ -125,7 +125,7 @@ class Renderer:
         seen = self._pictures(pictures, where, ".")
         if self.tokenizer.chat_template:
             asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            messages = [{**message, "content": self._marked(message["content"], where)} for message in asked]
+            messages = [{**message, "content": self._marked(_content(message, where), where)} for message in asked]
             rendering = Rendering([Piece(self._template(messages, True, where), 0)], False, False, seen, where)
         elif isinstance(prompt, str):
             rendering = Rendering([Piece(self._marked(prompt, where), 0)], self._puts_bos, False, seen, where)
@@ -154,8 +154,10 @@ class Renderer:
         return rendering._replace(pictures=pictures, where=str(place))
 
     def _pictures(self, given: Any, where: str, folder: str) -> tuple[Picture, ...]:
-        if given is None or self.sight is not None:
-            return () if given is None else pictures_of(given, where, folder, self.sight.format)
+        if given is None or (isinstance(given, list | tuple) and not given):
+            return ()
+        if self.sight is not None:
+            return pictures_of(given, where, folder, self.sight.format)
         raise ValueError(f"{where} has pictures and the model reads none; take a model that sees, or leave them out.")
 
     def _marked(self, text: str, where: Place | str) -> str:
@@ -176,7 +178,7 @@ class Renderer:
             )  # plain text may hold the marker as it is
             return Rendering([Piece(marked, _ALL)], bos=self._puts_bos, eos=ends)
         if form == "chat":
-            given = _messages(row, self.source.messages, place, self.empty_answers)
+            given = messages_of(row, self.source.messages, place, empty_answers=self.empty_answers)
             messages = [{**message, "content": self._marked(message["content"], place)} for message in given]
             if not self.tokenizer.chat_template:
                 raise ValueError(f"{place}: chat rows need a chat template, which this tokenizer lacks; set one.")
@@ -184,6 +186,7 @@ class Renderer:
         prompt, answer = (_text(row, name, place) for name in self.source.fields(form))
         _not_blank(answer, f"field {self.source.answer!r}", place)
         prompt = self._marked(prompt, place)
+        answer = answer if self.sight is None else self._marked(answer, place)
         if self.tokenizer.chat_template:
             asked, said = {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}
             return self._conversation([asked, said], place)
@@ -332,7 +335,12 @@ class Renderer:
         ]
 
 
-def _messages(row: Record, field: str, place: Place | str, empty_answers: bool = False) -> list[Message]:
+def messages_of(row: Record, field: str, place: Place | str, *, empty_answers: bool = False) -> list[Message]:
+    """The messages in a field of a row, the content of each as one text (`_content`).
+
+    Raises:
+        ValueError: something else in the field, or (unless `empty_answers`) an assistant that says nothing; names the row.
+    """
     given = _field(row, field, place)
     if not isinstance(given, (list, tuple)) or not given:
         what = "an empty list" if isinstance(given, (list, tuple)) else kind_of(given)

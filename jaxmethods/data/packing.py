@@ -100,12 +100,20 @@ class PackedRows:
 
     @cached_property
     def crops(self) -> int:
-        """How many crops a row has; at least one, so that a batch of a model that sees always has pictures."""
-        if self.room is not None:
-            return self.room
+        """How many crops a row has; at least one, so that a batch of a model that sees always has pictures.
+
+        Raises:
+            ValueError: a row needs more than `room`.
+        """
         of_examples = [sum(picture.crops for picture in pictures) for pictures in self.examples.pictures]
         rows = (sum(of_examples[index] for index in row.tolist()) for row in self.plan)
-        return max(1, *rows) if of_examples else 1
+        needed = max(1, *rows) if of_examples else 1
+        if self.room is not None and needed > self.room:
+            raise ValueError(
+                f"the pictures of a row make {needed} crops and crops={self.room} leaves room for fewer; set "
+                f"Data(crops={needed}), or None for as many as the rows need."
+            )
+        return needed if self.room is None else self.room
 
     def __len__(self) -> int:
         return len(self.plan)

@@ -23,6 +23,7 @@ from etils import epath
 from jaxtyping import Int64
 
 from jaxmethods.data.packing import Batch
+from jaxmethods.images import TEXT
 
 _AHEAD = 4
 """Batches that are made ahead of the device."""
@@ -217,7 +218,7 @@ class _Share(grain.MapDataset):
 
 
 class _Filled(grain.MapDataset):
-    """The rows, and behind them rows of zeros up to a multiple of the batch size."""
+    """The rows, and behind them rows of padding up to a multiple of the batch size: zeros, and no picture's feature anywhere."""
 
     def __init__(self, rows: grain.MapDataset, batch_size: int):
         super().__init__(rows)
@@ -231,7 +232,8 @@ class _Filled(grain.MapDataset):
             return self.slice(index)
         if index < len(self._parent):
             return self._parent[index]
-        return {name: np.zeros_like(value) for name, value in self._parent[0].items()}
+        filler = lambda name: TEXT if name.rpartition("/")[2] == "places" else 0
+        return {name: np.full_like(value, filler(name)) for name, value in self._parent[0].items()}
 
     def __str__(self) -> str:
         return f"Filled(to a multiple of {self._batch_size})"

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxmethods.data.chat import messages_of
 from jaxmethods.data.config import Data, Source
 from jaxmethods.data.sources import Place, Record
 
@@ -48,12 +49,12 @@ def conversation_of(row: Record, source: Source, place: Place | str) -> Conversa
     """The conversation of a row with `messages`, or with a prompt and an answer.
 
     Raises:
-        ValueError: a row with neither.
+        ValueError: a row with neither, or messages that are none.
     """
     images = row.get(source.images)
     listed = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
     if source.messages in row:
-        return Conversation(row[source.messages], listed, row)
+        return Conversation(messages_of(row, source.messages, place, empty_answers=True), listed, row)
     if source.prompt in row and source.answer in row:
         asked, said = (
             {"role": role, "content": row[name]}

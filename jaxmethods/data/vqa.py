@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ Row = dict[str, Any]
 CAPTION = f"{MARKER}\nWhat is this?"
 _PACKAGE = "easy-vqa"
 _INSTALLED = Path("/usr/share/tuxpaint/stamps")
+COLOURS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
+SHAPES = {"circle", "rectangle", "triangle"}
 _LETTERS = "symbols"
 """The folder of letters, digits, coins and flags: captions tell little there."""
 
@@ -57,6 +60,38 @@ def single_questions(rows: Iterable[Row]) -> list[Row]:
             question = asked["content"].removeprefix(f"{MARKER}\n")
             out.append({"images": row["images"], "prompt": f"{MARKER}\n{question}", "answer": said["content"]})
     return out
+
+
+def short_dialogues(rows: Iterable[Row], seed: int = 0) -> list[Row]:
+    """Rows {"images", "messages"}: of each picture one question of yes or no, and apart from it its colour, then its shape.
+
+    Asked all in one dialogue, the questions tell the answers of others ("what is the blue shape?"), and a model learns to read the
+    dialogue and not the picture. These do not: each answer can only be seen. Colours and shapes that are asked for in words that
+    tell the other are left out; which question of a kind is taken is decided by a hash of the picture and the seed.
+    """
+    out = []
+    for row in rows:
+        asked = [m["content"].removeprefix(f"{MARKER}\n") for m in row["messages"][::2]]
+        pairs = list(zip(asked, (m["content"] for m in row["messages"][1::2]), strict=True))
+        kinds = (
+            [(q, a) for q, a in pairs if a in ("yes", "no")],
+            [(q, a) for q, a in pairs if a in COLOURS and not SHAPES & set(_words(q))],
+            [(q, a) for q, a in pairs if a in SHAPES and not COLOURS & set(_words(q))],
+        )
+        digest = hashlib.blake2b(f"{seed} {os.path.basename(row['images'])}".encode(), digest_size=8).digest()
+        of_kind = [kind[int.from_bytes(digest) % len(kind)] for kind in kinds if kind]
+        for turns in (of_kind[:1], of_kind[1:]) if kinds[0] else (of_kind,):
+            messages: list[Row] = []
+            for question, answer in turns:
+                said = question if messages else f"{MARKER}\n{question}"
+                messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
+            if messages:
+                out.append({"images": row["images"], "messages": messages})
+    return out
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
 
 
 def _easy_vqa_folder() -> Path:
@@ -104,6 +139,12 @@ def split_by_caption(rows: Sequence[Row], held_out: float = 0.15, seed: int = 0)
     return parts
 
 
+def _shuffled(rows: Sequence[Row], seed: int) -> list[Row]:
+    """In an order by hash, so that the first so many are of many pictures."""
+    key = lambda i: hashlib.blake2b(f"{seed} {i}".encode(), digest_size=8).digest()
+    return [rows[i] for i in sorted(range(len(rows)), key=key)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the rows of both; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m jaxmethods.data.vqa", description=(__doc__ or "").splitlines()[0])
@@ -115,8 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         train, held_out = split_by_caption(stamps(options.stamps), options.held_out, options.seed)
         files = {
-            "questions.jsonl": easy_vqa("train"),
-            "questions_heldout.jsonl": single_questions(easy_vqa("test")),
+            "questions.jsonl": short_dialogues(easy_vqa("train"), options.seed),
+            "questions_heldout.jsonl": _shuffled(single_questions(easy_vqa("test")), options.seed),
             "captions.jsonl": train,
             "captions_heldout.jsonl": held_out,
         }

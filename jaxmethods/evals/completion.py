@@ -48,6 +48,7 @@ def evaluate(
     sequence_length: int = 512,
     max_new_tokens: int = 64,
     batch_size: int = 16,
+    system: str | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Completion:
     """Scores the rows' answers and compares the model's greedy ones with them.
@@ -55,11 +56,22 @@ def evaluate(
     Args:
         rows: {"prompt", "answer"} and perhaps "images"; put into the tokenizer's chat template as in training.
         sequence_length: tokens a row of the scoring batches; longer rows are cut as in training.
+        system: what a message of the system says first; None leaves that to the template.
     """
     progress("scoring the given answers")
-    nll = answer_nll(module, params, tokenizer, rows, sequence_length=sequence_length, batch_size=batch_size)
+    first = [] if system is None else [{"role": "system", "content": system}]
+    asked = (
+        [[*first, {"role": "user", "content": row["prompt"]}] for row in rows] if first else [r["prompt"] for r in rows]
+    )
+    scored = rows
+    if first:
+        answer = lambda row: {"role": "assistant", "content": row["answer"]}
+        scored = [
+            {"messages": [*ask, answer(row)], "images": row.get("images")} for ask, row in zip(asked, rows, strict=True)
+        ]
+    nll = answer_nll(module, params, tokenizer, scored, sequence_length=sequence_length, batch_size=batch_size)
     answers = complete(
-        module, params, tokenizer, [row["prompt"] for row in rows], images=[row.get("images") for row in rows],
+        module, params, tokenizer, asked, images=[row.get("images") for row in rows],
         max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress,
     )  # fmt: skip
     overlap = [rouge_l(answer, row["answer"]) for answer, row in zip(answers, rows, strict=True)]
@@ -106,7 +118,7 @@ def complete(
     module: Any,
     params: Tree,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[Mapping[str, Any]]],
     *,
     images: Sequence[Any] | None = None,
     max_new_tokens: int,
@@ -116,6 +128,7 @@ def complete(
     """Greedy answers, in the order of the prompts; one compiled program.
 
     Args:
+        prompts: texts, or lists of messages.
         images: the pictures of each prompt (a path, an array, a list of these, or None), at its markers.
     """
     sight = getattr(module, "sight", None)

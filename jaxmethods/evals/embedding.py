@@ -36,19 +36,21 @@ def embed_rows(
         objective: whose views, pooling and heads are taken; `CAFe()` when None.
         views: "query" and "target", or one of them.
         sequence_length: tokens a row; longer text is cut at its end.
-        limit: the first so many rows of a file.
+        limit: the first so many rows.
 
     Raises:
-        ValueError: an unknown view, no rows, or what `data.build` raises.
+        ValueError: an unknown view, no rows, a row without the token that is read, or what `data.build` raises.
     """
     objective = objective or CAFe()
     known = objective.embeddings()
     if unknown := [name for name in views if name not in known]:
         raise ValueError(f"view {unknown[0]!r} is unknown; the views are {', '.join(known)}.")
     config = data.Data(sequence_length=objective.embedding_length or sequence_length, pack=False, evaluation_rows=limit)
-    given: Any = {"rows": rows}
+    given: Any
     if isinstance(rows, str | data.Source):
         config, given = dataclasses.replace(config, evaluation=rows), {"split": "evaluation"}
+    else:
+        given = {"rows": rows[:limit]}
     out = {}
     for name in views:
         sight, view = getattr(module, "sight", None), {name: known[name]}
@@ -59,6 +61,10 @@ def embed_rows(
             own = {key.partition("/")[2]: value for key, value in batch.items()}
             found.append(np.asarray(_embedded(module, objective, name, params, own)))
         out[name] = np.concatenate(found)[: len(laid_out)]
+        if not (there := out[name].any(axis=1)).all():
+            raise ValueError(
+                f"row {there.argmin()}: its {name} has no token {objective.token_id}, whose state is read."
+            )
     return out
 
 

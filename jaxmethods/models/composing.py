@@ -72,8 +72,10 @@ def with_eyes(
         The others as `vlm_config`.
 
     Raises:
+        ValueError: a module with eyes or adapters.
         ValueError, FileNotFoundError, ConnectionError: as `vlm_config` and `models.load`.
     """
+    _require_plain(module)
     config = vlm_config(module.config, tower, image_token_id=image_token_id, pool=pool)
     dtype = module.param_dtype
     eyes = tree.partition(architectures.shapes(config, dtype), lambda path: path.startswith("vision_tower/"))[0]
@@ -83,19 +85,31 @@ def with_eyes(
     projector = _draw_projector(config, dtype, key)
     if mesh is not None:
         projector = jax.device_put(projector, shardings_for(projector, mesh, architectures.RULES))
-    whole = VLM(
-        config.decoder, dtype=module.dtype, param_dtype=dtype, quantization=module.quantization, sight=config.sight
-    )
-    return whole, params | {"vision_tower": seen} | projector
+    return _seeing(module, config), params | {"vision_tower": seen} | projector
 
 
 def with_eyes_shapes(
     module: Decoder, tower: str | os.PathLike[str], *, image_token_id: int, pool: int | None = None
 ) -> tuple[VLM, Tree]:
     """(module, params) like `with_eyes`, with a ShapeDtypeStruct in place of each array."""
+    _require_plain(module)
     config = vlm_config(module.config, tower, image_token_id=image_token_id, pool=pool)
-    told: Any = dict(dtype=module.param_dtype, quantize=module.quantization)
-    return architectures.build(config, **told), architectures.shapes(config, **told)
+    return _seeing(module, config), architectures.shapes(config, module.param_dtype, module.quantization)
+
+
+def _seeing(module: Decoder, config: VLMConfig) -> VLM:
+    """The module with all its settings, and eyes."""
+    told: Any = {
+        f.name: getattr(module, f.name) for f in dataclasses.fields(Decoder) if f.name not in ("parent", "name")
+    }
+    return VLM(**told, sight=config.sight)
+
+
+def _require_plain(module: Any) -> None:
+    if type(module) is not Decoder:
+        raise ValueError(
+            f"{type(module).__name__} cannot be given eyes: it must be a Decoder, without eyes and before adapters are attached."
+        )
 
 
 def _draw_projector(config: VLMConfig, dtype: Any, key: Key[Array, ""]) -> Tree:

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,8 @@ def embed(
         key: while training, for dropout.
 
     Raises:
-        ValueError: an unknown pooling, "token" without `token_id` or the reverse; images for a model that reads none.
+        ValueError: an unknown pooling, "token" without `token_id` or the reverse; images for a model that reads none; a row
+            without anything to read (traced values cannot be looked at: its embedding is then 0).
     """
     images = as_images(module, tokens, images)
     inputs = {} if images is None else {"images": images}
@@ -78,6 +79,12 @@ def _embed(
     module: Any, params: Tree, tokens: Any, mask: Any, inputs: Any, pooling: str, token_id: int | None, key: Any
 ) -> tuple[Float[Array, "batch width"], Float[Array, ""]]:
     mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)
+    there = _read(tokens, mask, pooling, token_id).any(axis=1)
+    if not isinstance(there, jax.core.Tracer) and not there.all():
+        what = "token" if token_id is None else f"token {token_id}"
+        raise ValueError(
+            f"row {int(there.argmin())} has no real {what}, so there is no state to read as its embedding."
+        )
     hidden, aux = hidden_states(module, params, tokens, mask, key=key, **inputs)
     return unit(pool(hidden, tokens, mask, pooling=pooling, token_id=token_id)), aux
 
@@ -90,18 +97,24 @@ def pool(
     pooling: str = "last",
     token_id: int | None = None,
 ) -> Float[Array, "batch width"]:
-    """One state a row; see `embed`."""
+    """One state a row, 0 where there is nothing to read; see `embed`."""
+    read = _read(tokens, mask, pooling, token_id)
+    if pooling == "mean":
+        kept = jnp.where(read[..., None], hidden.astype(jnp.float32), 0.0)
+        return kept.sum(axis=1) / jnp.maximum(read.sum(axis=1, keepdims=True), 1)
+    at = read.shape[1] - 1 - jnp.argmax(read[:, ::-1], axis=1)
+    return jnp.where(read.any(axis=1)[:, None], jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0], 0)
+
+
+def _read(tokens: Any, mask: Any, pooling: str, token_id: int | None) -> Bool[Array, "batch time"]:
+    """The places that a pooling reads: all of these, or the last."""
     tree.require_one_of("pooling", pooling, POOLINGS)
     if (token_id is None) == (pooling == "token"):
         raise ValueError(
             f"pooling={pooling!r} with token_id={token_id}: the token is what 'token' reads, and nothing else does."
         )
-    if pooling == "mean":
-        kept = jnp.where(mask[..., None], hidden.astype(jnp.float32), 0.0)
-        return kept.sum(axis=1) / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
-    read = mask if pooling == "last" else mask & (jnp.asarray(tokens) == token_id)
-    at = read.shape[1] - 1 - jnp.argmax(read[:, ::-1], axis=1)
-    return jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
+    mask = jnp.asarray(mask)
+    return mask if token_id is None else mask & (jnp.asarray(tokens) == token_id)
 
 
 def unit(x: Float[Array, "batch width"]) -> Float[Array, "batch width"]:
@@ -227,11 +240,28 @@ class CAFe:
             )
         if self.negatives and self.contrast == "sigmoid":
             raise ValueError("negatives=True is for InfoNCE; the sigmoid loss has no columns to add.")
+        if self.learn_temperature and self.temperature * LARGEST_SCALE < 1:
+            raise ValueError(
+                f"temperature={self.temperature} with learn_temperature=True: a learned one is held above {1 / LARGEST_SCALE}; "
+                "start from there, or leave it fixed."
+            )
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk={self.chunk} must be at least 1 row, or None.")
+        if self.embedding_length is not None and self.embedding_length < 2:
+            raise ValueError(f"embedding_length={self.embedding_length} must be at least 2 tokens, or None.")
 
-    whole_batches = True
-    """A batch cannot be cut into parts whose losses add up."""
+    system: ClassVar[str] = SYSTEM
+    """What the system says where a dialogue does not tell."""
+
+    @property
+    def whole_batches(self) -> bool:
+        """Whether a batch cannot be cut into parts whose losses add up."""
+        return self.alpha_con > 0
+
+    @property
+    def least_rows(self) -> int:
+        """The smallest batch: in InfoNCE a pair alone has nothing to be told from."""
+        return 2 if self.alpha_con and self.contrast != "sigmoid" and not self.negatives else 1
 
     def views(self) -> dict[str, View]:
         """The readings of a row that this objective takes."""
@@ -240,7 +270,8 @@ class CAFe:
         if self.alpha_con:
             found |= self.embeddings()
         if self.alpha_con and self.negatives:
-            found["negative"] = embedded(negative_view, pictures=False)
+            asked = "" if self.pairs else OF_TEXT
+            found["negative"] = embedded(functools.partial(negative_view, asked=asked), pictures=False)
         return found
 
     def embeddings(self) -> dict[str, View]:
@@ -282,7 +313,7 @@ class CAFe:
 
         Metrics: `loss` (what is minimised, without auxiliary losses), `language_loss` (nats a target token),
         `contrastive_loss`; while training `auxiliary_loss`; in evaluation `recall`, the share of queries whose own target is the
-        nearest of the batch.
+        nearest of the batch's targets and negatives.
         """
         mesh = getattr(module, "mesh", None)
 
@@ -310,9 +341,7 @@ class CAFe:
             count = len(next(iter(batch.values())))
             rows = dict(batch) if key is None else dict(batch) | {"key": jax.random.split(key, count)}
             function = functools.partial(forward, params)
-            found = (
-                function(rows) if self.chunk is None or key is None else losses.in_chunks(function, rows, self.chunk)
-            )
+            found = function(rows) if self.chunk is None else losses.in_chunks(function, rows, self.chunk)
             metrics = {}
             weight, value = jnp.float32(count), jnp.float32(0)
             if self.alpha_lm:
@@ -324,7 +353,7 @@ class CAFe:
                 metrics["contrastive_loss"] = Mean(contrastive * count, jnp.float32(count))
                 value = value + self.alpha_con * contrastive
             elif self.alpha_con:
-                real = (batch["query/segment_ids"] > 0).any(axis=1)
+                real = (jnp.asarray(batch["query/segment_ids"]) > 0).any(axis=1)
                 metrics |= self._evaluated(params, found, real)
                 value = value + self.alpha_con * metrics["contrastive_loss"].value()
                 weight = weight if self.alpha_lm else metrics["contrastive_loss"].weight
@@ -342,7 +371,7 @@ class CAFe:
         if not self.learn_temperature:
             return self.temperature, self.bias
         own = params["objective"]
-        return jnp.exp(-jnp.minimum(own["log_scale"], math.log(LARGEST_SCALE))), own.get("bias", self.bias)
+        return jnp.exp(-_held(own["log_scale"])), own.get("bias", self.bias)
 
     def _contrast(self, params: Tree, found: Mapping[str, Array], mesh: Any) -> Float[Array, ""]:
         """The contrastive loss of the whole batch, each device with its rows."""
@@ -360,34 +389,54 @@ class CAFe:
             return losses.info_nce(query, target, temperature=temperature, axis_name=axes, **told)
 
         given = [found[name] for name in names]
-        spec = P() if mesh is None else rows_spec(given[0].shape, mesh)
-        if mesh is None or mesh.size == 1 or spec[0] is None:
-            return loss(given, temperature, bias)
-        axes = spec[0] if isinstance(spec[0], tuple) else (spec[0],)
-        axes = tuple(axis for axis in axes if mesh.shape[axis] > 1)
-        if not axes:
+        spec = P(None) if mesh is None else rows_spec(given[0].shape, mesh)
+        axes = spec[0] if isinstance(spec[0], tuple) else () if spec[0] is None else (spec[0],)
+        if all(mesh.shape[axis] == 1 for axis in axes):
             return loss(given, temperature, bias)
         over = jax.shard_map(
-            functools.partial(loss, axes=axes if len(axes) > 1 else axes[0]),
+            functools.partial(loss, axes=axes),
             mesh=mesh, in_specs=([spec] * len(given), P(), P()), out_specs=P(),
         )  # fmt: skip
         return over(given, jnp.asarray(temperature, jnp.float32), jnp.asarray(bias, jnp.float32))
 
     def _evaluated(self, params: Tree, found: Mapping[str, Array], real: Bool[Array, "batch"]) -> dict[str, Mean]:
-        """The contrastive loss of a batch whose last rows may be filling, and how often the own target is the nearest."""
-        temperature, _ = self._settings(params)
-        cosines = jnp.matmul(found["query"], found["target"].T, precision=jax.lax.Precision.HIGHEST)
-        own = jnp.diagonal(cosines)
-        logits = jnp.where(real[None, :] & real[:, None], cosines / temperature, -jnp.inf)
-        lse = lambda x: jax.nn.logsumexp(jnp.where(real[:, None], x, 0.0), axis=1)
-        forth, back = lse(logits) - own / temperature, lse(logits.T) - own / temperature
-        each = forth if self.contrast == "one_way" else (forth + back) / 2
-        others = jnp.where(real[None, :] & ~jnp.eye(len(own), dtype=bool), cosines, -jnp.inf).max(axis=1)
-        return {"contrastive_loss": Mean.of(each, real), "recall": Mean.of(own > others, real)}
+        """The contrastive loss of a batch whose last rows may be filling, and how often the own target is the nearest.
+
+        Negatives are there to be mistaken for it, as in training.
+        """
+        temperature, bias = self._settings(params)
+        product = lambda x, y: jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
+        cosines = product(found["query"], found["target"])
+        own, mine = jnp.diagonal(cosines), jnp.eye(len(cosines), dtype=bool)
+        wrong, back = (jnp.where(real & ~mine, x, -jnp.inf) for x in (cosines, cosines.T))
+        if "negative" in found:
+            more = jnp.where(real, product(found["query"], found["negative"]), -jnp.inf)
+            wrong = jnp.concatenate([wrong, more], axis=1)
+        if self.contrast == "sigmoid":
+            logits = cosines / temperature + bias
+            each = jnp.where(real, jax.nn.softplus(jnp.where(mine, -logits, logits)), 0.0).sum(axis=1)
+        else:
+            # -log softmax at the own one is log(1 + sum of exp(those of the wrong ones - its own)).
+            nce = lambda x: jax.nn.softplus(jax.nn.logsumexp((x - own[:, None]) / temperature, axis=1))
+            each = nce(wrong) if self.contrast == "one_way" else (nce(wrong) + nce(back)) / 2
+        nearest = (own > wrong.max(axis=1)).astype(jnp.float32)
+        return {"contrastive_loss": Mean.of(each, real), "recall": Mean.of(nearest, real)}
 
 
-def negative_view(conversation: Conversation, most: int | None = None) -> Conversation:
-    """The row's text that is no query's target, to be compressed into one word.
+@jax.custom_vjp
+def _held(log_scale: Float[Array, ""]) -> Float[Array, ""]:
+    """The logarithm of a learned scale, at most `LARGEST_SCALE`'s; beyond that a gradient reaches it only to bring it back."""
+    return jnp.minimum(log_scale, math.log(LARGEST_SCALE))
+
+
+_held.defvjp(
+    lambda log_scale: (_held(log_scale), log_scale > math.log(LARGEST_SCALE)),
+    lambda beyond, g: (jnp.where(beyond & (g < 0), 0.0, g),),
+)
+
+
+def negative_view(conversation: Conversation, most: int | None = None, *, asked: str = OF_TEXT) -> Conversation:
+    """The row's text that is no query's target, and behind it what is asked of targets.
 
     Raises:
         ValueError: the row has none.
@@ -397,4 +446,4 @@ def negative_view(conversation: Conversation, most: int | None = None) -> Conver
         raise ValueError(
             f"this row has no text in its field 'negative'; its fields are {', '.join(map(str, conversation.row))}."
         )
-    return _to_embed(text[:most] + OF_TEXT)
+    return _to_embed(text[:most] + asked)

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,7 +145,6 @@ def test_published_marks_by_hand(chatml):
     ]  # fmt: skip
     messages = [{"role": role, "content": content} for role, content in turns]
     example = Renderer(chatml, marks="published")({"messages": messages})
-    # Text without targets in lower case brackets: what the tokenizer makes of each stretch is put together from the stretches.
     stretches = [
         ("<|im_start|>", False),  # nothing precedes the first token
         ("user", False), ("\n", True), ("how many", False), ("\n", True), ("cats?", False), ("<|im_end|>\n", True),
@@ -183,7 +183,8 @@ def test_published_marks_need_chatml(plain, spaced):
     ],
 )  # fmt: skip
 def test_a_wrong_row_is_named(row, message):
-    first = asked("cat", "sat") if "prompt" in row else {"messages": [{"role": "assistant", "content": "sat"}]}
+    user, assistant = {"role": "user", "content": "cat"}, {"role": "assistant", "content": "sat"}
+    first = asked("cat", "sat") if "prompt" in row else {"messages": [user, assistant]}
     with pytest.raises(ValueError, match=f"^rows given in memory, row 2.*{message}"):
         build(Data(), tokenizer(), rows=[first, row], sight=sight())
 
@@ -262,18 +263,22 @@ def test_relative_paths_start_from_the_rows(tmp_path, monkeypatch):
 def test_pictures_inside_a_parquet_file(tmp_path):
     """As `datasets` stores them: {"bytes", "path"} in a column, or a list of these; and decoded, from one of its folders."""
     datasets = pytest.importorskip("datasets")
-    red, green = paint(tmp_path, "red.png", RED), paint(tmp_path, "green.png", GREEN)
-    given = [asked("<image> cat", "sat", red), asked("no picture", "sat"), asked("<image> dog", "sat", green)]
+    given = [
+        asked("<image> cat", "sat", flat(RED)),
+        asked("no picture", "sat"),
+        asked("<image> dog", "sat", flat(GREEN)),
+    ]
     wanted, _ = build(Data(pack=False), tokenizer(), rows=given, sight=sight())
-    columns = {name: [row.get(name) for row in given] for name in ("prompt", "answer", "images")}
+    inside = {"bytes": Path(paint(tmp_path, "red.png", RED)).read_bytes(), "path": "red.png"}
+    outside = {"bytes": None, "path": paint(tmp_path, "green.png", GREEN)}
+    columns = {"prompt": [row["prompt"] for row in given], "answer": ["sat"] * 3, "images": [inside, None, outside]}
     one = datasets.Dataset.from_dict(columns).cast_column("images", datasets.Image())
-    lists = columns | {"images": [[] if path is None else [path] for path in columns["images"]]}
+    lists = columns | {"images": [[inside], [], [outside]]}
     several = datasets.Dataset.from_dict(lists).cast_column("images", datasets.Sequence(datasets.Image()))
     one.to_parquet(tmp_path / "one.parquet")
     several.to_parquet(tmp_path / "several.parquet")
     one.save_to_disk(tmp_path / "folder")
-    os.remove(red)
-    os.remove(green)
+    (tmp_path / "red.png").unlink()
     for name in ("one.parquet", "several.parquet", "folder"):
         rows, _ = build(Data(train=str(tmp_path / name), pack=False), tokenizer(), sight=sight())
         for index in range(3):
@@ -288,7 +293,8 @@ def painted(count, kind="llava"):
     rows, painted = [], []
     for number in range(count):
         pictures = [(10 + 20 * number, 5, 100 * second) for second in range(number % 3)]
-        size = ((8, 16), (16, 16), (16, 8))[number % 4 % 3] if kind == "llava_onevision" else (8, 8)
+        # Of several pictures each is padded to a square; alone, these make three crops, five, and three.
+        size = ((8, 16), (16, 16), (16, 8))[number // 3 % 3] if kind != "llava" and len(pictures) == 1 else (8, 8)
         marked = "<image> and " * len(pictures)
         told = None if not pictures else [flat(colour, size) for colour in pictures]
         rows.append(asked(f"{marked}cat {number}?", f"sat {number}", told))
@@ -313,10 +319,11 @@ def test_packed_rows_have_each_picture_at_its_own_tokens(kind):
     assert sorted(found) == list(range(10))
     for number, pictures in enumerate(wanted):
         assert [colour for colour, _ in itertools.groupby(c for c in found[number] if c)] == pictures
-        counts = {"llava": (4, 0)}.get(kind) or ((4, 1) if len(pictures) > 1 else {0: (12, 4), 1: (8, 2), 2: (12, 2)}[
-            number % 4 % 3])  # fmt: skip
-        assert len([c for c in found[number] if c]) == counts[0] * len(pictures)
-        assert found[number].count(None) == counts[1] * len(pictures)
+        # Features and newlines: four of the whole picture; behind them a map of 4 x 2, 4 x 4 (averaged to 2 x 2) or 2 x 4.
+        alone = ((4 + 8, 4), (4 + 4, 2), (4 + 8, 2))[number // 3 % 3]
+        features, newlines = (4, 0) if kind == "llava" else (4, 1) if len(pictures) > 1 else alone
+        assert len([c for c in found[number] if c]) == features * len(pictures)
+        assert found[number].count(None) == newlines * len(pictures)
 
 
 def test_the_features_of_a_picture_stand_in_their_order():
@@ -346,7 +353,7 @@ def test_rows_that_are_too_long_keep_their_pictures_whole():
         found = [colours(rows[i], rows[i]["segment_ids"] > 0, sight()) for i in range(len(rows))]
         assert sorted(found) == [[], [GREEN] * 4, [RED] * 4]
         assert all(rows[i]["target_mask"].any() for i in range(len(rows)))
-    with pytest.raises(ValueError, match=r"no row .*2 .*pictures"):
+    with pytest.raises(ValueError, match=r"no row is left; 2 have pictures that do not fit"):
         build(Data(sequence_length=room), tokenizer(), rows=given[1:3], sight=sight())
 
 

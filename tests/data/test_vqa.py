@@ -1,0 +1,144 @@
+"""Rows of pictures with words: stamps laid out as their package lays them, and easy-VQA where it is installed."""
+
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxmethods.data import vqa
+
+STAMPS = {
+    "animals/cat": "A cat.\nGato: un gato.\n",
+    "animals/dogs/dog": "  A dog\u2019s head.  \nfr.utf8=Un chien.\n",
+    "food/apple": "An apple.",
+    "symbols/a": "The letter A.",  # left out
+    "food/silent": "",  # no caption
+    "food/blank": "  \nsecond line\n",
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six stamps with a text, one without a text, and a text without a stamp."""
+    for name, text in STAMPS.items():
+        path = tmp_path / "stamps" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGBA", (4, 4)).save(path.with_suffix(".png"))
+        path.with_suffix(".txt").write_text(text, encoding="utf-8")
+    Image.new("RGB", (4, 4)).save(tmp_path / "stamps/food/untold.png")
+    (tmp_path / "stamps/food/unseen.txt").write_text("Nothing to see.")
+    (tmp_path / "stamps/food/latin.txt").write_bytes(b"Caf\xe9.")
+    Image.new("RGB", (4, 4)).save(tmp_path / "stamps/food/latin.png")
+    return tmp_path / "stamps"
+
+
+def test_stamps_are_pictures_with_the_first_line_of_their_text(folder, tmp_path, monkeypatch):
+    row = lambda name, caption: {
+        "images": str(folder / f"{name}.png"), "prompt": "<image>\nWhat is this?", "answer": caption,
+    }  # fmt: skip
+    wanted = [
+        row("animals/cat", "A cat."), row("animals/dogs/dog", "A dog\u2019s head."), row("food/apple", "An apple."),
+        row("food/latin", "Caf\ufffd."),
+    ]  # fmt: skip
+    assert vqa.stamps(folder) == wanted
+    unpacked = tmp_path / "unpacked" / "usr/share/tuxpaint"
+    unpacked.mkdir(parents=True)
+    os.symlink(folder, unpacked / "stamps")
+    assert [row["answer"] for row in vqa.stamps(tmp_path / "unpacked")] == [row["answer"] for row in wanted]
+    monkeypatch.chdir(tmp_path)
+    assert vqa.stamps("stamps") == wanted  # paths are absolute wherever it is called
+    with pytest.raises(FileNotFoundError, match=r"nowhere holds no stamps; get them with .*apt-get download"):
+        vqa.stamps(tmp_path / "nowhere")
+
+
+def test_stamps_of_one_caption_stay_on_one_side():
+    rows = [{"images": f"{i}.png", "prompt": vqa.CAPTION, "answer": f"A thing {i // 2}."} for i in range(2000)]
+    rows[1]["answer"] = "a THING 0."  # the same but for case
+    train, held_out = vqa.split_by_caption(rows)
+    assert sorted(row["images"] for row in train + held_out) == sorted(row["images"] for row in rows)
+    captions = [{row["answer"].casefold() for row in part} for part in (train, held_out)]
+    assert not captions[0] & captions[1]
+    # A share of 15% of 1,000 captions, give or take three standard deviations of a binomial.
+    assert abs(len(captions[1]) - 150) < 3 * np.sqrt(1000 * 0.15 * 0.85)
+    assert vqa.split_by_caption(rows) == (train, held_out)
+    assert vqa.split_by_caption(rows[::-1])[1] == held_out[::-1]  # each by itself, whatever the others are
+    assert vqa.split_by_caption(rows, seed=1)[1] != held_out
+    more = vqa.split_by_caption(rows, held_out=0.5)[1]
+    assert {row["images"] for row in held_out} < {row["images"] for row in more}
+    assert vqa.split_by_caption(rows, held_out=0.0) == (rows, []) and vqa.split_by_caption(rows, held_out=1.0) == (
+        [],
+        rows,
+    )
+
+
+def test_questions_of_a_picture_one_by_one():
+    turns = [("user", "<image>\nwhat?"), ("assistant", "a circle"), ("user", "red?"), ("assistant", "no")]
+    rows = [{"images": "0.png", "messages": [{"role": role, "content": text} for role, text in turns]}]
+    assert vqa.single_questions(rows) == [
+        {"images": "0.png", "prompt": "<image>\nwhat?", "answer": "a circle"},
+        {"images": "0.png", "prompt": "<image>\nred?", "answer": "no"},
+    ]
+
+
+def test_short_dialogues_by_hand():
+    """A question of yes or no by itself; the colour and then the shape, in words that tell neither."""
+    turns = [
+        ("is there a circle?", "no"), ("what color is the triangle?", "blue"), ("what is the blue shape?", "triangle"),
+        ("what color is it?", "blue"), ("which shape is there?", "triangle"),
+    ]  # fmt: skip
+    row = {"images": "a/0.png", "messages": []}
+    for number, (question, answer) in enumerate(turns):
+        asked = question if number else f"<image>\n{question}"
+        row["messages"] += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    made = [[message["content"] for message in dialogue["messages"]] for dialogue in vqa.short_dialogues([row])]
+    assert made == [
+        ["<image>\nis there a circle?", "no"],
+        ["<image>\nwhat color is it?", "blue", "which shape is there?", "triangle"],
+    ]
+    assert [dialogue["images"] for dialogue in vqa.short_dialogues([row])] == ["a/0.png"] * 2
+
+
+def test_easy_vqa_of_its_package(tmp_path, folder, capsys):
+    try:
+        package = importlib.metadata.distribution("easy-vqa")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("needs the package easy-vqa")
+    counts = {"train": (4000, 38_575), "test": (1000, 9_673)}  # as its authors tell
+    of_split = {split: vqa.easy_vqa(split) for split in counts}
+    for split, (pictures, questions) in counts.items():
+        rows = of_split[split]
+        assert len(rows) == pictures and len(vqa.single_questions(rows)) == questions
+        assert sum(message["content"].count("<image>") for message in rows[7]["messages"]) == 1
+    listed = json.loads(Path(package.locate_file("easy_vqa/data/test/questions.json")).read_text())
+    of_seven = [(question, answer) for question, answer, number in listed if number == 7]
+    told = [message["content"] for message in rows[7]["messages"]]
+    assert told[0] == f"<image>\n{of_seven[0][0]}" and told[1::2] == [answer for _, answer in of_seven]
+    assert told[2::2] == [question for question, _ in of_seven[1:]] and rows[7]["images"].endswith("test/images/7.png")
+    with Image.open(rows[7]["images"]) as image:
+        assert image.size == (64, 64)
+    with pytest.raises(ValueError, match="split='validation' is unknown"):
+        vqa.easy_vqa("validation")
+
+    assert vqa.main(["--to", str(tmp_path / "out"), "--stamps", str(folder), "--held-out", "0.5"]) == 0
+    lines = {path.name: len(path.read_text().splitlines()) for path in (tmp_path / "out").iterdir()}
+    assert lines.pop("captions.jsonl") + lines.pop("captions_heldout.jsonl") == 4
+    dialogues = vqa.short_dialogues(of_split["train"])
+    assert lines == {"questions.jsonl": len(dialogues), "questions_heldout.jsonl": 9_673}
+    assert f"questions.jsonl: {len(dialogues):,} rows" in capsys.readouterr().out
+    assert {row["images"] for row in dialogues} == {row["images"] for row in of_split["train"]}
+    for row in dialogues:  # no question tells what another one asks for
+        asked, said = ([message["content"] for message in row["messages"][i::2]] for i in (0, 1))
+        assert [text.count("<image>") for text in asked] == [1, 0][: len(asked)]
+        assert not any(answer in question.lower().split() for question in asked for answer in said if len(said) > 1)
+
+
+def test_what_is_missing_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    assert vqa.main(["--to", str(tmp_path / "out"), "--stamps", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path} holds no stamps") and not (tmp_path / "out").exists()
+    monkeypatch.setattr(vqa, "_PACKAGE", "easy-vqa-that-no-one-has")
+    with pytest.raises(ModuleNotFoundError, match=r"easy-VQA is not installed; pip install --no-deps easy-vqa"):
+        vqa.easy_vqa("train")
