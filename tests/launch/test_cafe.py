@@ -44,6 +44,7 @@ def config() -> Run:
         steps=4,
         batch_size=8,
         checkpoint_every=2,
+        remat="none",
         compilation_cache={cache!r},
     )
 """
@@ -155,6 +156,7 @@ def test_resumed_it_is_the_same_run_to_the_bit(run, room, here, one_device, tmp_
     assert numbers(workdir) == numbers(run)
 
 
+@pytest.mark.slow
 def test_the_contrastive_arm_alone(run, room, here, one_device, tmp_path):
     arm = ("--objective.alpha-lm", "0", "--steps", "2")
     done = here("train", room / "recipe.py", "--workdir", tmp_path / "arm", *arm)
@@ -311,3 +313,10 @@ def test_pairs_are_the_same_where_words_and_pictures_are():
     assert [len(set(of)) for of in labels] == [5, 5]
     ids = evaluate._joined(*labels)
     assert ids[0] == ids[2] == ids[3] and len(set(ids.tolist())) == 4
+
+
+def test_the_model_is_exported_without_what_is_the_objectives(run, here, tmp_path):
+    done = here("export", run, "--to", tmp_path / "out")
+    assert done.returncode == 0, done
+    module, params = models.load(tmp_path / "out")
+    assert isinstance(module, models.VLM) and "objective" not in params
