@@ -699,7 +699,7 @@ def test_two_steps_move_what_is_trained(stepped, which):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("which", "axes"), [("adapters", {"data": 2, "fsdp": 2, "tensor": 2})])
+@pytest.mark.parametrize(("which", "axes"), [("adapters", {"data": 2, "fsdp": 4})])
 def test_eight_devices_step_as_one_does(stepped, which, axes):
     run = stepped[0]
     _, alone, told = run(which)
