@@ -25,7 +25,7 @@ def config() -> Run:
         vision=Vision("build/efficientnet_lite0", image_token_id=4, pool=4),
         data=Data(
             train=(
-                Source("build/pictures/questions.jsonl", weight=3.0),
+                Source("build/pictures/questions.jsonl", weight=6.0),
                 Source("build/pictures/captions.jsonl"),
             ),
             evaluation="build/pictures/questions_heldout.jsonl",

@@ -36,8 +36,6 @@ class Assembly:
     state: training.State
     fixed: Tree
     """Adapters' leaves that are not trained."""
-    own: Tree
-    """The objective's parameters, which are all trained."""
     step: Any
     """Jitted `step(state, frozen, batch) -> (state, metrics)`; the state is donated."""
     evaluate: Any
@@ -160,8 +158,7 @@ def assemble(run: Run, module: Any, base: Tree, mesh: Mesh) -> Assembly:
     if run.adapters:
         module = adapters.attach(module, run.adapters)
         params = adapters.init_shapes(module, base)
-    own = jax.eval_shape(lambda: _own_leaves(run, module))
-    params = params | own
+    params = params | jax.eval_shape(lambda: _own_leaves(run, module))
     trained, frozen = adapters.partition(params, _chosen(run, params))
     if not jax.tree.leaves(trained):
         raise ValueError(f"trained={run.trained!r} matches no parameter; nothing would be trained.")
@@ -196,9 +193,7 @@ def assemble(run: Run, module: Any, base: Tree, mesh: Mesh) -> Assembly:
         out_shardings=(placements, whole),
     )
     evaluate = jax.jit(training.make_evaluation_step(loss_fn), out_shardings=whole)
-    return Assembly(
-        run, mesh, module, tx, place(base), state, place(_adapter_leaves(frozen)), place(own), step, evaluate
-    )
+    return Assembly(run, mesh, module, tx, place(base), state, place(_adapter_leaves(frozen)), step, evaluate)
 
 
 def _attention(config: Any, mesh: Mesh, lengths: set[int]) -> str | None:

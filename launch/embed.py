@@ -13,6 +13,7 @@ from rich.console import Console
 from jaxmethods import data
 from jaxmethods.data.config import as_sources
 from jaxmethods.evals import embedding
+from jaxmethods.launch.metrics import write_whole
 from jaxmethods.launch.opening import Opened, open_model
 from jaxmethods.objectives import CAFe
 
@@ -67,12 +68,9 @@ def embed(options: Embed) -> None:
         source = dataclasses.replace(first, path=options.data, weight=1.0)
     found = embedded(opened, source, views, options.batch_size, console)
     columns |= {name: list(array) for name, array in found.items()}
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        pyarrow.parquet.write_table(pyarrow.table(columns), partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    written = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table(columns), written)
+    write_whole(target, written.getvalue().to_pybytes())
     width = next(iter(found.values())).shape[1]
     print(f"wrote {options.to}: {len(rows)} rows, {' and '.join(views)} of {width} numbers")
 

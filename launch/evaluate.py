@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from jaxmethods import data
 from jaxmethods.data.views import conversation_of
@@ -192,19 +194,11 @@ def _answer(row: Any, source: data.Source) -> str:
 
 def _joined(*labels: Sequence[str]) -> np.ndarray:
     """A number for each row; rows that share a label of any kind, directly or through others, have the same."""
-    number = list(range(len(labels[0])))
-
-    def root(i: int) -> int:
-        while number[i] != i:
-            number[i] = number[number[i]]
-            i = number[i]
-        return i
-
-    for kind in labels:
-        first: dict[str, int] = {}
-        for i, label in enumerate(kind):
-            number[root(i)] = root(first.setdefault(label, i))
-    return np.array([root(i) for i in range(len(number))])
+    count = len(labels[0])
+    first = [np.unique(kind, return_index=True, return_inverse=True)[1:] for kind in labels]
+    ends = np.concatenate([index[inverse] for index, inverse in first])
+    edges = coo_array((np.ones(len(ends)), (np.tile(np.arange(count), len(labels)), ends)), (count, count))
+    return connected_components(edges, directed=False)[1]
 
 
 def _rows(options: Evaluate, opened: Opened) -> tuple[list[dict[str, Any]], str]:

@@ -39,6 +39,10 @@ def export(options: Export) -> None:
         module, params = opened.module, {name: x for name, x in opened.params.items() if name != "objective"}
         if opened.run.adapters:
             module, params = adapters.merge(module, params)
+        if "objective" in opened.params:
+            print(
+                f"left out: the objective's own {', '.join(opened.params['objective'])}, for which that layout has no place"
+            )
         models.save(str(target), module, params, tokenizer=opened.tokenizer)
     else:
         if not opened.run.adapters:

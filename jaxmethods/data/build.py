@@ -12,7 +12,7 @@ from typing import Any, Literal
 import grain
 import numpy as np
 
-from jaxmethods.data.chat import Renderer, Tokenizer
+from jaxmethods.data.chat import Renderer, Tokenizer, in_chunks
 from jaxmethods.data.config import Data, Source, as_sources
 from jaxmethods.data.examples import Example, Examples, split_text, truncate
 from jaxmethods.data.packing import Batch, PackedRows, best_fit, one_each
@@ -166,17 +166,22 @@ def _lay_out_views(
         for name, view in views.items()
     }
     kept: dict[str, list[Example]] = {name: [] for name in views}
-    for place, row in islice(records.placed(), limit):
-        conversation = conversation_of(row, source, place)
-        made: dict[str, Example] = {}
-        for name, view in views.items():
-            example = _view(renderers[name], view, conversation, place, data, counts)
-            if example is None:  # which `_view` has counted
-                break
-            made[name] = example
-        else:
-            for name, example in made.items():
-                kept[name].append(example)
+    for chunk in in_chunks(islice(records.placed(), limit)):
+        conversations = [(place, conversation_of(row, source, place)) for place, row in chunk]
+        rendered = [
+            list(renderers[name].many([(place, _read(view, read, place)) for place, read in conversations]))
+            for name, view in views.items()
+        ]
+        for (place, conversation), *examples_of in zip(conversations, *rendered, strict=True):
+            made: dict[str, Example] = {}
+            for (name, view), (_, example) in zip(views.items(), examples_of, strict=True):
+                shortened = _shortened(example, renderers[name], view, conversation, place, data, counts)
+                if shortened is None:  # which `_shortened` has counted
+                    break
+                made[name] = shortened
+            else:
+                for name, example in made.items():
+                    kept[name].append(example)
     examples = {name: Examples.of(of_view) for name, of_view in kept.items()}
     _require_some(next(iter(examples.values())), records, counts)
     rows = ViewedRows(
@@ -190,31 +195,36 @@ def _lay_out_views(
     return rows, _report(data, list(examples.values()), len(rows), counts)
 
 
-def _view(
-    renderer: Renderer, view: View, conversation: Conversation, place: Place, data: Data, counts: dict[str, int]
+def _read(view: View, conversation: Conversation, place: Place, most: int | None = None) -> Record:
+    """One reading of a row, as a row of the chat form."""
+    try:
+        made = view.make(conversation, most)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    return {"messages": made.messages, "images": made.images}
+
+
+def _shortened(
+    example: Example,
+    renderer: Renderer,
+    view: View,
+    conversation: Conversation,
+    place: Place,
+    data: Data,
+    counts: dict[str, int],
 ) -> Example | None:
-    """One reading of a row in at most the view's length; None where it is left out, which is counted."""
+    """A rendered reading of a row in at most the view's length; None where it is left out, which is counted."""
     length = view.length or data.sequence_length
-
-    def read(most: int | None) -> Conversation:
-        try:
-            return view.make(conversation, most)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-
-    def render(most: int | None) -> Example:
-        made = read(most)
-        return renderer({"messages": made.messages, "images": made.images}, place)
-
-    example = render(None)
     if not view.embeds:
         told = renderer.tokenizer.bos_token_id, renderer.sight, data.crops
         return next(_fitting([("chat", example)], length, *told, counts), None)
     if _crops(example) > (data.crops or _crops(example)):
         counts["pictures_dropped"] += 1
         return None
-    most = sum(len(message["content"]) for message in read(None).messages)
-    counts["answers_cut"] += len(example.tokens) > length
+    if len(example.tokens) <= length:
+        return example
+    counts["answers_cut"] += 1
+    most = sum(len(message["content"]) for message in _read(view, conversation, place)["messages"])
     while len(example.tokens) > length:
         if not most:
             raise ValueError(
@@ -222,7 +232,7 @@ def _view(
                 "data.sequence_length."
             )
         most = most * length // (len(example.tokens) + 1)
-        example = render(most)
+        example = renderer(_read(view, conversation, place, most), place)
     return example
 
 
@@ -293,7 +303,7 @@ def _fitting(
             cut = truncate(example, length, bos_id=bos_id)
             counts["prompts_cut"] += cut.prompt > 0
             counts["answers_cut"] += cut.answer > 0
-            pieces = [cut.example._replace(pictures=example.pictures)]
+            pieces = [cut.example]
         for piece in pieces:
             if piece.target_mask.any():
                 yield piece

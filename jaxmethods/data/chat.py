@@ -113,8 +113,8 @@ class Renderer:
 
     def many(self, placed: Iterable[tuple[Place, Record]]) -> Iterator[tuple[str, Example]]:
         """(form, example) of every row, tokenised some hundred at a time; the first row settles the form."""
-        form, rows = self.source.form, iter(placed)
-        while chunk := list(islice(rows, _ROWS_AT_ONCE)):
+        form = self.source.form
+        for chunk in in_chunks(placed):
             if form == "auto":
                 form = self._form_of(chunk[0][1], chunk[0][0])
             for example in self._tokenise([self._rendering(row, form, place) for place, row in chunk]):
@@ -173,9 +173,8 @@ class Renderer:
             text = _text(row, self.source.text, place)
             _not_blank(text, f"field {self.source.text!r}", place)
             ends = self.tokenizer.eos_token_id is not None
-            marked = (
-                text if self.sight is None else self._marked(text, place)
-            )  # plain text may hold the marker as it is
+            # Where no model sees, plain text may hold the marker as it is.
+            marked = text if self.sight is None else self._marked(text, place)
             return Rendering([Piece(marked, _ALL)], bos=self._puts_bos, eos=ends)
         if form == "chat":
             given = messages_of(row, self.source.messages, place, empty_answers=self.empty_answers)
@@ -333,6 +332,13 @@ class Renderer:
             (ids, [start for start, _ in offsets])
             for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         ]
+
+
+def in_chunks(rows: Iterable[Any]) -> Iterator[list[Any]]:
+    """The rows, as many at a time as are tokenised at once."""
+    left = iter(rows)
+    while chunk := list(islice(left, _ROWS_AT_ONCE)):
+        yield chunk
 
 
 def messages_of(row: Record, field: str, place: Place | str, *, empty_answers: bool = False) -> list[Message]:

@@ -76,10 +76,10 @@ def truncate(example: Example, length: int, *, bos_id: int | None = None) -> Cut
     cut from the left, down to a quarter of `length`; if that is not enough, the answer loses its end. A first
     token equal to `bos_id` stays. Tokens behind the last target go first: no loss depends on them.
     """
-    tokens, target_mask, _ = example
+    tokens, target_mask, pictures = example
     targets = np.flatnonzero(target_mask)
     if len(tokens) <= length or not len(targets):
-        return Cut(Example(tokens[:length], target_mask[:length]), 0, 0)
+        return Cut(Example(tokens[:length], target_mask[:length], pictures), 0, 0)
     end = int(targets[-1]) + 1
     start = int(np.flatnonzero(~target_mask[:end])[-1]) + 1  # there is one: the first token is no target
     prompt, answer = start, end - start
@@ -89,7 +89,7 @@ def truncate(example: Example, length: int, *, bos_id: int | None = None) -> Cut
     keep = np.r_[0:head, prompt - prompt_room + head : start + answer_room]
     kept_mask = target_mask[keep]
     kept_mask[0] = False  # an earlier turn's target may have become the first token
-    return Cut(Example(tokens[keep], kept_mask), prompt - prompt_room, answer - answer_room)
+    return Cut(Example(tokens[keep], kept_mask, pictures), prompt - prompt_room, answer - answer_room)
 
 
 def split_text(example: Example, length: int) -> list[Example]:

@@ -124,7 +124,7 @@ def seen(
             )
         prepared.append(made)
     pixels, places, weights = images.join(prepared, format, crops)
-    row = {"pixels": pixels, "places": np.full((len(where), format.corners), -1, np.int32)}
+    row = {"pixels": pixels, "places": np.full((len(where), format.corners), images.TEXT, np.int32)}
     row["places"][where] = places
     if format.corners > 1:
         row["place_weights"] = np.zeros((len(where), format.corners), np.float32)

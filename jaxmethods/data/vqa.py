@@ -62,25 +62,26 @@ def single_questions(rows: Iterable[Row]) -> list[Row]:
     return out
 
 
-def short_dialogues(rows: Iterable[Row], seed: int = 0) -> list[Row]:
-    """Rows {"images", "messages"}: of each picture one question of yes or no, and apart from it its colour, then its shape.
+def short_dialogues(rows: Iterable[Row], seed: int = 0, yes_no: int = 3) -> list[Row]:
+    """Rows {"images", "messages"}: of each picture some questions of yes or no, each alone; its colour and its shape in one row.
 
     Asked all in one dialogue, the questions tell the answers of others ("what is the blue shape?"), and a model learns to read the
     dialogue and not the picture. These do not: each answer can only be seen. Colours and shapes that are asked for in words that
-    tell the other are left out; which question of a kind is taken is decided by a hash of the picture and the seed.
+    tell the other are left out; which questions of a kind are taken is decided by a hash of the picture and the seed.
+
+    Args:
+        yes_no: how many questions of yes or no, at most.
     """
     out = []
     for row in rows:
         asked = [m["content"].removeprefix(f"{MARKER}\n") for m in row["messages"][::2]]
         pairs = list(zip(asked, (m["content"] for m in row["messages"][1::2]), strict=True))
-        kinds = (
-            [(q, a) for q, a in pairs if a in ("yes", "no")],
-            [(q, a) for q, a in pairs if a in COLOURS and not SHAPES & set(_words(q))],
-            [(q, a) for q, a in pairs if a in SHAPES and not COLOURS & set(_words(q))],
-        )
-        digest = hashlib.blake2b(f"{seed} {os.path.basename(row['images'])}".encode(), digest_size=8).digest()
-        of_kind = [kind[int.from_bytes(digest) % len(kind)] for kind in kinds if kind]
-        for turns in (of_kind[:1], of_kind[1:]) if kinds[0] else (of_kind,):
+        picture = os.path.basename(row["images"])
+        order = lambda pair, picture=picture: _digest(f"{seed} {picture} {pair[0]}")
+        plain = sorted((pair for pair in pairs if pair[1] in ("yes", "no")), key=order)
+        colour = sorted((pair for pair in pairs if pair[1] in COLOURS and not SHAPES & set(_words(pair[0]))), key=order)
+        shape = sorted((pair for pair in pairs if pair[1] in SHAPES and not COLOURS & set(_words(pair[0]))), key=order)
+        for turns in (*([pair] for pair in plain[:yes_no]), colour[:1] + shape[:1]):
             messages: list[Row] = []
             for question, answer in turns:
                 said = question if messages else f"{MARKER}\n{question}"
@@ -88,6 +89,10 @@ def short_dialogues(rows: Iterable[Row], seed: int = 0) -> list[Row]:
             if messages:
                 out.append({"images": row["images"], "messages": messages})
     return out
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 def _words(text: str) -> list[str]:
@@ -134,15 +139,14 @@ def split_by_caption(rows: Sequence[Row], held_out: float = 0.15, seed: int = 0)
     """
     parts: tuple[list[Row], list[Row]] = ([], [])
     for row in rows:
-        digest = hashlib.blake2b(f"{seed} {row['answer'].casefold()}".encode(), digest_size=8).digest()
+        digest = _digest(f"{seed} {row['answer'].casefold()}")
         parts[int.from_bytes(digest) < held_out * 2**64].append(row)
     return parts
 
 
 def _shuffled(rows: Sequence[Row], seed: int) -> list[Row]:
     """In an order by hash, so that the first so many are of many pictures."""
-    key = lambda i: hashlib.blake2b(f"{seed} {i}".encode(), digest_size=8).digest()
-    return [rows[i] for i in sorted(range(len(rows)), key=key)]
+    return [rows[i] for i in sorted(range(len(rows)), key=lambda i: _digest(f"{seed} {i}"))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from jaxmethods.models.layout import Leaf, in_parts, layout
 from jaxmethods.models.text_encoder import TextEncoder, TextEncoderConfig
 from jaxmethods.models.vision import VisionConfig, VisionTower
 from jaxmethods.models.vlm import VLM, VLMConfig
+from jaxmethods.models.weights import Planned
 from jaxmethods.sharding import Rules
 from jaxmethods.tree import Tree, unflatten
 
@@ -75,6 +77,21 @@ def config_of(module: Any) -> AnyConfig:
     if not isinstance(found, AnyConfig):
         raise ValueError(f"{type(module).__name__} is no model of this library and has no Hugging Face layout here.")
     return found
+
+
+def decoder_of(config: AnyConfig) -> DecoderConfig | None:
+    """The decoder of a model that writes; None of an encoder."""
+    return config.decoder if isinstance(config, VLMConfig) else config if isinstance(config, DecoderConfig) else None
+
+
+def with_decoder(config: AnyConfig, decoder: DecoderConfig) -> AnyConfig:
+    """The architecture of a model that writes, with another decoder."""
+    return dataclasses.replace(config, decoder=decoder) if isinstance(config, VLMConfig) else decoder
+
+
+def unread_tensors(config: AnyConfig, dtype: Any) -> list[Planned]:
+    """Tensors that transformers wants of a model and no one reads."""
+    return hf_vlm.unread_tensors(config, dtype) if isinstance(config, VLMConfig) else []
 
 
 def build(config: AnyConfig, *, dtype: Any, quantize: str | None = None) -> Any:

@@ -379,7 +379,7 @@ class Decoder(nn.Module):
         segment_ids: Int[Array | np.ndarray, "batch time"] | None = None,
         positions: Int[Array | np.ndarray, "batch time"] | None = None,
         cache: KVCache | None = None,
-        given: Given | None = None,
+        images: Any = None,
     ) -> Output:
         """Hidden states of each token, seen from the tokens before it in its segment.
 
@@ -388,7 +388,7 @@ class Decoder(nn.Module):
             segment_ids: tokens see only their own segment; 0 is padding. By default one segment where `mask` is true.
             positions: rotary positions; by default real tokens are counted from 0 (from where `cache` ends).
             cache: keys and values of earlier tokens; `tokens` continue it.
-            given: embeddings in the place of some tokens' own.
+            images: for models that see, the pictures of each row (`vlm.Images`), also none; no others take any.
         """
         if self.remat not in REMAT:
             raise ValueError(f"remat={self.remat!r} is unknown; choose of {', '.join(REMAT)}.")
@@ -399,8 +399,15 @@ class Decoder(nn.Module):
         if positions is None:
             before = 0 if cache is None else (cache.segment_ids > 0).sum(-1, keepdims=True)
             positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1 + before, 0)
+        given = self._see(tokens, images)
         if not self.config.tie_embeddings:
             Unembedding(self.config, self.param_dtype, name="lm_head")()
         settings = self.dtype, self.param_dtype, self.dot_general, self.quantization, self.mesh, self.attention
         backbone = Backbone(self.config, *settings, self.remat, self.unroll, name="model")
         return Output(*backbone(tokens, segment_ids, jnp.asarray(positions, jnp.int32), cache, given))
+
+    def _see(self, tokens: Int[Array, "batch time"], images: Any) -> Given | None:
+        """What stands in the place of image tokens: nothing, for a model that reads text alone."""
+        if images is not None:
+            raise ValueError(f"{type(self).__name__} reads no images; leave images=None.")
+        return None

@@ -91,14 +91,14 @@ class DualEncoder(nn.Module):
     def images(self, pixels: Pixels) -> Float[Array, "images dim"]:
         """Embeddings of images, of unit norm, float32; `pixels` as in `VisionTower`."""
         pooled: Any = self.vision(pixels).pooled  # `DualConfig` sees to it that there is one
-        return _unit(pooled if self.config.projection is None else self.visual_projection(pooled))
+        return unit(pooled if self.config.projection is None else self.visual_projection(pooled))
 
     def texts(
         self, tokens: Int[Array | np.ndarray, "batch time"], mask: Bool[Array | np.ndarray, "batch time"] | None = None
     ) -> Float[Array, "batch dim"]:
         """Embeddings of texts, of unit norm, float32; `tokens` and `mask` as in `TextEncoder`."""
         pooled = self.text(tokens, mask).pooled
-        return _unit(pooled if self.config.projection is None else self.text_projection(pooled))
+        return unit(pooled if self.config.projection is None else self.text_projection(pooled))
 
     def scale_and_bias(self) -> tuple[Float[Array, ""], Float[Array, ""] | None]:
         """The factor on cosines, exp(logit_scale) = 1 / temperature, and what is added to them (SigLIP)."""
@@ -118,6 +118,7 @@ class DualEncoder(nn.Module):
         return scale * cosines + (0.0 if bias is None else bias)
 
 
-def _unit(x: Float[Array, "batch dim"]) -> Float[Array, "batch dim"]:
+def unit(x: Float[Array, "batch dim"]) -> Float[Array, "batch dim"]:
+    """Rows [B, D] of any float dtype at length 1, float32; a row of zeros stays one."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis=1, keepdims=True), LEAST_NORM**2))

@@ -179,8 +179,8 @@ def depthwise(
 ) -> Float[Array, "images rows columns channels"]:
     """Convolves each channel with a kernel of its own; "SAME" zero padding, sums in float32, in x's dtype.
 
-    It is a sum of size * size shifted products. XLA has no fast depthwise convolution on the CPU: with
-    `jax.lax.conv_general_dilated` the whole network's forward pass takes five to seven times as long (8 images, 2 cores).
+    It is a sum of size * size shifted products. XLA has no fast depthwise convolution on the CPU:
+    benchmarks/depthwise.py times both.
     """
     size, (height, width) = len(kernel), x.shape[1:3]
     padding = jax.lax.padtype_to_pads((height, width), (size, size), (stride, stride), "SAME")

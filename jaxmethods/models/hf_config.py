@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from jaxmethods.models.decoder import DecoderConfig, RopeScaling
@@ -202,18 +202,24 @@ def _float(value: float | None) -> float | None:
 
 def _refuse_features(config: Mapping[str, Any], family: str) -> None:
     read = _READ | _READ_BY_FAMILY[family]
-    unknown = {}
     for key, value in config.items():
-        if key in read or key.startswith("_"):
-            continue
-        if key in _REFUSED:
-            if not any(value is off or (value == off and type(value) is type(off)) for off in _REFUSED[key]):
-                raise ValueError(f"{key}={value!r} in the config.json of a {family} model is not supported.")
-        elif key not in INERT and value not in (None, False, 0, [], {}):
-            unknown[key] = value
+        off_by = _REFUSED.get(key) if key not in read else None
+        if off_by and not any(value is off or (value == off and type(value) is type(off)) for off in off_by):
+            raise ValueError(f"{key}={value!r} in the config.json of a {family} model is not supported.")
+    report_unknown(config, read | _REFUSED.keys())
+
+
+def report_unknown(config: Mapping[str, Any], known: Set[str]) -> None:
+    """Warns of keys that are neither known nor `INERT` nor off; those that begin with "_" are transformers' own."""
+    known = known | INERT
+    unknown = {
+        key: value
+        for key, value in config.items()
+        if key not in known and not key.startswith("_") and value not in (None, False, 0, [], {})
+    }
     if unknown:
         told = ", ".join(f"{key}={value!r}"[:80] for key, value in unknown.items())
-        warnings.warn(f"config.json has keys that nothing here reads: {told}.", stacklevel=3)
+        warnings.warn(f"config.json has keys that nothing here reads: {told}.", stacklevel=4)
 
 
 def _rope(config: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:

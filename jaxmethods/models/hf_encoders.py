@@ -244,20 +244,28 @@ def encoder_config_to_hf(config: AnyConfig) -> dict[str, Any]:
 def preprocessor_to_hf(config: VisionConfig | DualConfig) -> dict[str, Any]:
     """The dict for a preprocessor_config.json: how transformers makes of an image what this tower makes of its pixels."""
     c = config.vision if isinstance(config, DualConfig) else config
-    told: dict[str, Any] = {
-        "image_processor_type": {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}[c.family],
-        "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "resample": 3,
-        "image_mean": list(c.mean), "image_std": list(c.std),
-    }  # fmt: skip
-    square = {"height": c.image_size, "width": c.image_size}
     if c.family == "siglip":
-        return told | {"size": square}
-    return told | {
-        "size": {"shortest_edge": c.image_size},
-        "do_center_crop": True,
-        "crop_size": square,
-        "do_convert_rgb": True,
-    }
+        return preprocessor("SiglipImageProcessor", c.image_size, c.mean, c.std, crops=False)
+    return preprocessor("CLIPImageProcessor", c.image_size, c.mean, c.std, crops=True) | {"do_convert_rgb": True}
+
+
+def preprocessor(
+    kind: str, size: int, mean: tuple[float, ...], std: tuple[float, ...], *, crops: bool
+) -> dict[str, Any]:
+    """What a preprocessor_config.json of any of our models says.
+
+    Args:
+        kind: the class of transformers.
+        size: pixels a side of what it gives.
+        mean, std: of each colour in 0..1.
+        crops: the shortest side is resized and the centre taken; else the whole picture is squashed.
+    """
+    square = {"height": size, "width": size}
+    told: dict[str, Any] = {
+        "image_processor_type": kind, "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "resample": 3, "image_mean": list(mean), "image_std": list(std), "size": square,
+    }  # fmt: skip
+    return told | ({"size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": square} if crops else {})
 
 
 def canonical(config: AnyConfig) -> Callable[[str], str]:

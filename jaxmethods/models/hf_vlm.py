@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,7 +64,7 @@ def vlm_config_from_hf(config: Mapping[str, Any], preprocessor: Mapping[str, Any
     """
     family = str(config.get("model_type"))
     told = dict(preprocessor or {})
-    _report_unknown(config)
+    hf_config.report_unknown(config, _READ | _INERT)
     tower = _tower(config, family, told)
     text = dict(config.get("text_config") or {})
     kind = text.setdefault("model_type", "llama" if family == "llava" else "qwen2")
@@ -155,18 +154,6 @@ def _background(tower: VisionConfig | EfficientNetConfig) -> tuple[int, int, int
     return red, green, blue
 
 
-def _report_unknown(config: Mapping[str, Any]) -> None:
-    known = _READ | _INERT | set(hf_config.INERT)
-    unknown = {
-        k: v
-        for k, v in config.items()
-        if k not in known and not k.startswith("_") and v not in (None, False, 0, [], {})
-    }
-    if unknown:
-        told = ", ".join(f"{key}={value!r}"[:80] for key, value in unknown.items())
-        warnings.warn(f"config.json has keys that nothing here reads: {told}.", stacklevel=4)
-
-
 def vlm_config_to_hf(config: VLMConfig) -> dict[str, Any]:
     """The dict for a config.json that transformers reads as this architecture (with an EfficientNet: only we do)."""
     sight, text = config.sight, hf_config.config_to_hf(config.decoder)
@@ -200,22 +187,16 @@ def vlm_config_to_hf(config: VLMConfig) -> dict[str, Any]:
 def preprocessor_to_hf(sight: Sight) -> dict[str, Any]:
     """The dict for preprocessor_config.json."""
     form, tower = sight.format, sight.tower
-    whole = {"height": form.size, "width": form.size}
-    told: dict[str, Any] = {
-        "do_resize": True, "resample": {name: number for number, name in _RESAMPLES.items()}[form.resample],
-        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(tower.mean),
-        "image_std": list(tower.std), "do_convert_rgb": True,
-    }  # fmt: skip
-    if form.resize == "anyres":
-        pinpoints = [list(resolution) for resolution in form.resolutions]
-        kind = "LlavaOnevisionImageProcessor"
-        return told | {"image_processor_type": kind, "size": whole, "image_grid_pinpoints": pinpoints, "do_pad": True}
+    kinds = {"anyres": "LlavaOnevision", "squash": "Siglip", "crop": "CLIP", "pad": "Llava"}
+    told = hf_encoders.preprocessor(
+        f"{kinds[form.resize]}ImageProcessor", form.size, tower.mean, tower.std, crops=form.resize in ("crop", "pad")
+    )
+    told |= {"do_convert_rgb": True, "resample": {name: number for number, name in _RESAMPLES.items()}[form.resample]}
     if form.resize == "squash":
-        kind = "SiglipImageProcessor"
-        return told | {"image_processor_type": kind, "size": whole, "do_center_crop": False}
-    kind = "LlavaImageProcessor" if form.resize == "pad" else "CLIPImageProcessor"
-    cut = {"do_center_crop": True, "size": {"shortest_edge": form.size}, "crop_size": whole}
-    return told | {"image_processor_type": kind} | cut | ({"do_pad": True} if form.resize == "pad" else {})
+        return told | {"do_center_crop": False}
+    if form.resize == "anyres":
+        told["image_grid_pinpoints"] = [list(resolution) for resolution in form.resolutions]
+    return told if form.resize == "crop" else told | {"do_pad": True}
 
 
 _TOWER, _PROJECTOR = "vision_tower.", "multi_modal_projector."

@@ -16,11 +16,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxmethods import quantization
-from jaxmethods.models import architectures, files, hf_vlm, weights
+from jaxmethods.models import architectures, files, weights
 from jaxmethods.models.architectures import AnyConfig
 from jaxmethods.models.decoder import DecoderConfig
 from jaxmethods.models.layout import Leaf, Slices, assemble, check_tensors
-from jaxmethods.models.vlm import VLMConfig
 from jaxmethods.tree import Tree, flatten
 
 
@@ -35,12 +34,11 @@ def read_config(folder: Path) -> AnyConfig:
         config = architectures.config_from_hf(told, _preprocessor(folder))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    generation = folder / "generation_config.json"
-    if generation.is_file() and (eos := files.read_json(generation).get("eos_token_id")) is not None:
-        ends: Any = {"eos_ids": tuple(eos) if isinstance(eos, list) else (eos,)}
-        if isinstance(config, VLMConfig):
-            return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, **ends))
-        return dataclasses.replace(config, **ends) if isinstance(config, DecoderConfig) else config
+    generation, decoder = folder / "generation_config.json", architectures.decoder_of(config)
+    told = files.read_json(generation) if decoder is not None and generation.is_file() else {}
+    if decoder is not None and (eos := told.get("eos_token_id")) is not None:
+        decoder = dataclasses.replace(decoder, eos_ids=tuple(eos) if isinstance(eos, list) else (eos,))
+        config = architectures.with_decoder(config, decoder)
     return config
 
 
@@ -72,11 +70,10 @@ def read_params(
     leaves = architectures.leaves(config)
     if prefix != "model.":
         leaves = [dataclasses.replace(leaf, name=leaf.name.replace("model.", prefix, 1)) for leaf in leaves]
-    if isinstance(config, DecoderConfig):
-        _drop_tied_head(tensors, config, f"{prefix}embed_tokens.weight", "lm_head.weight")
-    elif isinstance(config, VLMConfig):
-        names = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
-        _drop_tied_head(tensors, config.decoder, *names)
+    decoder = architectures.decoder_of(config)
+    if decoder is not None and decoder.tie_embeddings:
+        embedding = next(leaf.name for leaf in leaves if leaf.path == "model/embed_tokens/embedding")
+        _drop_tied_head(tensors, embedding, re.sub(r"(model\.)?embed_tokens", "lm_head", embedding))
     check_tensors(leaves, {name: (tensor.shape, str(tensor.file)) for name, tensor in tensors.items()})
 
     def read(name: str, index: Slices) -> np.ndarray:
@@ -110,9 +107,9 @@ def _tensors(folder: Path, config: AnyConfig) -> tuple[dict[str, weights.Tensor]
     return tensors, "" if headless else "model."
 
 
-def _drop_tied_head(tensors: dict[str, weights.Tensor], config: DecoderConfig, embedding: str, head: str) -> None:
+def _drop_tied_head(tensors: dict[str, weights.Tensor], embedding: str, head: str) -> None:
     """Some files of tied models hold the matrix twice; one is left out when they are equal."""
-    if not config.tie_embeddings or head not in tensors or embedding not in tensors:
+    if head not in tensors or embedding not in tensors:
         return
     one, two = tensors[embedding], tensors[head]
     rows = max(1, (64 << 20) // max(1, 2 * one.shape[-1]))
@@ -160,8 +157,7 @@ def save(
     target = Path(path).expanduser().absolute()
     flat = _check_params(config, params)
     tensors = [tensor for leaf in architectures.leaves(config) for tensor in _planned(leaf, flat[leaf.path], dtype)]
-    if isinstance(config, VLMConfig):
-        tensors += hf_vlm.unread_tensors(config, tensors[0].dtype)
+    tensors += architectures.unread_tensors(config, tensors[0].dtype)
     shards = weights.in_shards(tensors, shard_bytes)
     told = architectures.config_to_hf(config)
     told["torch_dtype"] = told["dtype"] = tensors[0].dtype.name  # transformers 4 reads the first, 5 the second
@@ -178,9 +174,8 @@ def save(
         unfinished.mkdir()
         _write_weights(unfinished, shards)
         files.write_json(unfinished / "config.json", told)
-        text = told.get("text_config", told)
-        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-        if isinstance(config, DecoderConfig | VLMConfig):
+        if architectures.decoder_of(config) is not None:
+            text, keys = told.get("text_config", told), ("bos_token_id", "eos_token_id", "pad_token_id")
             generation = {key: text[key] for key in keys if text[key] is not None}
             files.write_json(unfinished / "generation_config.json", {"_from_model_config": True, **generation})
         if (preprocessor := architectures.preprocessor_to_hf(config)) is not None:

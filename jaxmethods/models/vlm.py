@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Float, Int, Num
 
-from jaxmethods.images import ImageFormat
+from jaxmethods.images import TEXT, ImageFormat
 from jaxmethods.kernels.linear import dot_general
 from jaxmethods.models import decoder
-from jaxmethods.models.decoder import Decoder, DecoderConfig, Given, KVCache, Output
+from jaxmethods.models.decoder import Decoder, DecoderConfig, Given
 from jaxmethods.models.efficientnet import EfficientNet, EfficientNetConfig
 from jaxmethods.models.encoder import ACTIVATIONS
 from jaxmethods.models.encoder import RULES as ENCODER_RULES
@@ -44,12 +44,9 @@ PARTS = ("vision_tower", "projector", "decoder")
 def part_of(path: str) -> str:
     """The part of a VLM that a parameter belongs to; the newline vector is of the projector, an objective's own of none."""
     first = path.split("/")[0]
-    return {
-        "vision_tower": "vision_tower",
-        "projector": "projector",
-        "image_newline": "projector",
-        "objective": "objective",
-    }.get(first, "decoder")
+    if first in ("vision_tower", "projector", "objective"):
+        return first
+    return "projector" if first == "image_newline" else "decoder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +139,7 @@ def as_images(module: Any, tokens: Any, images: Any) -> Images | None:
             f"pixels have shape {np.shape(pixels)}; these rows want ({len(tokens)}, crops, {size}, {size}, 3)."
         )
     if isinstance(images, Images):
-        _same(here, jnp.asarray(images.places)[:, :, 0] != -1)
+        _same(here, jnp.asarray(images.places)[:, :, 0] != TEXT)
         return images
     if sight.format.newline or sight.format.most_crops > 1:
         raise ValueError(
@@ -159,7 +156,7 @@ def as_images(module: Any, tokens: Any, images: Any) -> Images | None:
                     f"{sight.format.features_per_crop} features; it needs one token for each feature, or none where it has no "
                     "picture."
                 )
-    return Images(pixels, jnp.where(here, order, -1)[:, :, None])
+    return Images(pixels, jnp.where(here, order, TEXT)[:, :, None])
 
 
 def _same(here: Array, placed: Array) -> None:
@@ -208,34 +205,14 @@ class VLM(Decoder):
         """The architecture."""
         return VLMConfig(self.config, self.sight)
 
-    @nn.compact
-    def __call__(  # type: ignore[override]  # `given` is what it makes of `images`
-        self,
-        tokens: Int[Array | np.ndarray, "batch time"],
-        mask: Bool[Array | np.ndarray, "batch time"] | None = None,
-        *,
-        segment_ids: Int[Array | np.ndarray, "batch time"] | None = None,
-        positions: Int[Array | np.ndarray, "batch time"] | None = None,
-        cache: KVCache | None = None,
-        images: Images | None = None,
-    ) -> Output:
-        """Hidden states of each token; image tokens are features of the row's pictures.
-
-        Args:
-            images: the pictures; None where there are none, also for tokens that continue a cache.
-        """
-        tokens = jnp.asarray(tokens)
-        if images is None and self.is_initializing():
+    def _see(self, tokens: Int[Array, "batch time"], images: Images | None) -> Given | None:
+        """The features of the pictures, at their places; nothing without pictures, as for tokens that continue a cache."""
+        if images is None and not self.is_initializing():
+            return None
+        if images is None:
             size, corners = self.sight.tower.image_size, self.sight.format.corners
-            images = Images(
-                jnp.zeros((len(tokens), 1, size, size, 3), jnp.uint8), jnp.full((*tokens.shape, corners), -1)
-            )
-        given = None if images is None else self._see(images)
-        told: Any = dict(segment_ids=segment_ids, positions=positions, cache=cache, given=given)
-        return super().__call__(tokens, mask, **told)
-
-    def _see(self, images: Images) -> Given:
-        """The features of the pictures, at their places."""
+            blank = jnp.zeros((len(tokens), 1, size, size, 3), jnp.uint8)
+            images = Images(blank, jnp.full((*tokens.shape, corners), TEXT))
         sight, pixels = self.sight, split_rows(jnp.asarray(images.pixels), self.mesh)
         rows, crops = pixels.shape[:2]
         dtypes: Any = dict(dtype=self.dtype, param_dtype=self.param_dtype)
@@ -255,7 +232,7 @@ class VLM(Decoder):
         at = jnp.where(places < 0, features.shape[1] - 1, places)  # the newline stands last
         standing = lambda i: jax.vmap(lambda row, index: row[index])(features, at[:, :, i])
         if images.weights is None:
-            return Given(standing(0), places[:, :, 0] != -1)
+            return Given(standing(0), places[:, :, 0] != TEXT)
         weights = jnp.asarray(images.weights).astype(features.dtype)
         corners = [weights[:, :, i, None] * standing(i) for i in range(at.shape[2])]
-        return Given(sum(corners[1:], start=corners[0]), places[:, :, 0] != -1)
+        return Given(sum(corners[1:], start=corners[0]), places[:, :, 0] != TEXT)

@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float
 from jaxmethods import losses, tree
 from jaxmethods.data.pictures import MARKER
 from jaxmethods.data.views import Conversation, View
+from jaxmethods.models.dual import unit
 from jaxmethods.models.functional import Mask, Tokens, hidden_states, target_logps
 from jaxmethods.models.vlm import as_images, pictures
 from jaxmethods.sharding import rows_spec
@@ -40,7 +41,6 @@ POOLINGS = ("last", "mean", "token")
 CONTRASTS = ("symmetric", "one_way", "sigmoid")
 GATHERS = ("exact", "official")
 
-LEAST_NORM = 1e-12
 LARGEST_SCALE = 100.0
 """A learned scale (1 / temperature) is held below this, as CLIP's is."""
 
@@ -70,14 +70,7 @@ def embed(
         ValueError: an unknown pooling, "token" without `token_id` or the reverse; images for a model that reads none; a row
             without anything to read (traced values cannot be looked at: its embedding is then 0).
     """
-    images = as_images(module, tokens, images)
-    inputs = {} if images is None else {"images": images}
-    return _embed(module, params, jnp.asarray(tokens), mask, inputs, pooling, token_id, key)[0]
-
-
-def _embed(
-    module: Any, params: Tree, tokens: Any, mask: Any, inputs: Any, pooling: str, token_id: int | None, key: Any
-) -> tuple[Float[Array, "batch width"], Float[Array, ""]]:
+    images, tokens = as_images(module, tokens, images), jnp.asarray(tokens)
     mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)
     there = _read(tokens, mask, pooling, token_id).any(axis=1)
     if not isinstance(there, jax.core.Tracer) and not there.all():
@@ -85,8 +78,9 @@ def _embed(
         raise ValueError(
             f"row {int(there.argmin())} has no real {what}, so there is no state to read as its embedding."
         )
-    hidden, aux = hidden_states(module, params, tokens, mask, key=key, **inputs)
-    return unit(pool(hidden, tokens, mask, pooling=pooling, token_id=token_id)), aux
+    inputs = {} if images is None else {"images": images}
+    hidden, _ = hidden_states(module, params, tokens, mask, key=key, **inputs)
+    return unit(pool(hidden, tokens, mask, pooling=pooling, token_id=token_id))
 
 
 def pool(
@@ -108,19 +102,15 @@ def pool(
 
 def _read(tokens: Any, mask: Any, pooling: str, token_id: int | None) -> Bool[Array, "batch time"]:
     """The places that a pooling reads: all of these, or the last."""
-    tree.require_one_of("pooling", pooling, POOLINGS)
-    if (token_id is None) == (pooling == "token"):
-        raise ValueError(
-            f"pooling={pooling!r} with token_id={token_id}: the token is what 'token' reads, and nothing else does."
-        )
+    _check_pooling(pooling, token_id)
     mask = jnp.asarray(mask)
     return mask if token_id is None else mask & (jnp.asarray(tokens) == token_id)
 
 
-def unit(x: Float[Array, "batch width"]) -> Float[Array, "batch width"]:
-    """Rows of length 1, float32; a row of zeros stays one."""
-    wide = x.astype(jnp.float32)
-    return wide * jax.lax.rsqrt(jnp.maximum(jnp.square(wide).sum(axis=1, keepdims=True), LEAST_NORM**2))
+def _check_pooling(pooling: str, token_id: int | None) -> None:
+    tree.require_one_of("pooling", pooling, POOLINGS)
+    if (token_id is None) == (pooling == "token"):
+        raise ValueError(f"pooling={pooling!r} with token_id={token_id}: 'token' needs one, nothing else does.")
 
 
 # The readings of a row (section c2 of the paper's code)
@@ -159,6 +149,20 @@ def pair_view(conversation: Conversation, most: int | None = None, *, role: str 
     if not said[role].strip():
         raise ValueError(f"the {role}'s side of this pair is empty; its messages are {_shown(conversation)}.")
     return _to_embed(said[role][:most], images)
+
+
+def negative_view(conversation: Conversation, most: int | None = None, *, asked: str = OF_TEXT) -> Conversation:
+    """The row's text that is no query's target, and behind it what is asked of targets.
+
+    Raises:
+        ValueError: the row has none.
+    """
+    text = conversation.row.get("negative")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(
+            f"this row has no text in its field 'negative'; its fields are {', '.join(map(str, conversation.row))}."
+        )
+    return _to_embed(text[:most] + asked)
 
 
 def generation_view(conversation: Conversation, most: int | None = None) -> Conversation:
@@ -226,18 +230,15 @@ class CAFe:
     embedding_length: int | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("contrast", CONTRASTS), ("pooling", POOLINGS), ("gather", GATHERS)):
-            tree.require_one_of(name, getattr(self, name), known)
+        tree.require_one_of("contrast", self.contrast, CONTRASTS)
+        tree.require_one_of("gather", self.gather, GATHERS)
+        _check_pooling(self.pooling, self.token_id)
         if self.alpha_lm < 0 or self.alpha_con < 0 or not self.alpha_lm + self.alpha_con:
             raise ValueError(
                 f"alpha_lm={self.alpha_lm} and alpha_con={self.alpha_con} must not be negative, nor both 0."
             )
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be positive.")
-        if (self.token_id is None) == (self.pooling == "token"):
-            raise ValueError(
-                f"pooling={self.pooling!r} with token_id={self.token_id}: 'token' needs one, nothing else does."
-            )
         if self.negatives and self.contrast == "sigmoid":
             raise ValueError("negatives=True is for InfoNCE; the sigmoid loss has no columns to add.")
         if self.learn_temperature and self.temperature * LARGEST_SCALE < 1:
@@ -265,13 +266,12 @@ class CAFe:
 
     def views(self) -> dict[str, View]:
         """The readings of a row that this objective takes."""
-        embedded = functools.partial(View, embeds=True, length=self.embedding_length)
         found = {"generation": View(generation_view, marks=self.marks)} if self.alpha_lm else {}
         if self.alpha_con:
             found |= self.embeddings()
         if self.alpha_con and self.negatives:
-            asked = "" if self.pairs else OF_TEXT
-            found["negative"] = embedded(functools.partial(negative_view, asked=asked), pictures=False)
+            make = functools.partial(negative_view, asked="" if self.pairs else OF_TEXT)
+            found["negative"] = View(make, embeds=True, pictures=False, length=self.embedding_length)
         return found
 
     def embeddings(self) -> dict[str, View]:
@@ -433,17 +433,3 @@ _held.defvjp(
     lambda log_scale: (_held(log_scale), log_scale > math.log(LARGEST_SCALE)),
     lambda beyond, g: (jnp.where(beyond & (g < 0), 0.0, g),),
 )
-
-
-def negative_view(conversation: Conversation, most: int | None = None, *, asked: str = OF_TEXT) -> Conversation:
-    """The row's text that is no query's target, and behind it what is asked of targets.
-
-    Raises:
-        ValueError: the row has none.
-    """
-    text = conversation.row.get("negative")
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(
-            f"this row has no text in its field 'negative'; its fields are {', '.join(map(str, conversation.row))}."
-        )
-    return _to_embed(text[:most] + asked)

@@ -85,21 +85,26 @@ def test_questions_of_a_picture_one_by_one():
 
 
 def test_short_dialogues_by_hand():
-    """A question of yes or no by itself; the colour and then the shape, in words that tell neither."""
+    """Questions of yes or no by themselves, as many as asked for; the colour and then the shape, in words that tell neither."""
+    plain = [("is there a circle?", "no"), ("is it blue?", "yes"), ("is there no square?", "yes")]
     turns = [
-        ("is there a circle?", "no"), ("what color is the triangle?", "blue"), ("what is the blue shape?", "triangle"),
+        *plain, ("what color is the triangle?", "blue"), ("what is the blue shape?", "triangle"),
         ("what color is it?", "blue"), ("which shape is there?", "triangle"),
     ]  # fmt: skip
     row = {"images": "a/0.png", "messages": []}
     for number, (question, answer) in enumerate(turns):
         asked = question if number else f"<image>\n{question}"
         row["messages"] += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-    made = [[message["content"] for message in dialogue["messages"]] for dialogue in vqa.short_dialogues([row])]
-    assert made == [
-        ["<image>\nis there a circle?", "no"],
-        ["<image>\nwhat color is it?", "blue", "which shape is there?", "triangle"],
-    ]
-    assert [dialogue["images"] for dialogue in vqa.short_dialogues([row])] == ["a/0.png"] * 2
+    colour_and_shape = ["<image>\nwhat color is it?", "blue", "which shape is there?", "triangle"]
+    for most, of_them in ((2, 2), (3, 3), (9, 3)):
+        dialogues = vqa.short_dialogues([row], yes_no=most)
+        made = [[message["content"] for message in dialogue["messages"]] for dialogue in dialogues]
+        assert len(made) == of_them + 1 and made[-1] == colour_and_shape
+        asked = {tuple(turn) for turn in made[:-1]}
+        assert len(asked) == of_them and asked <= {(f"<image>\n{question}", answer) for question, answer in plain}
+        assert [dialogue["images"] for dialogue in dialogues] == ["a/0.png"] * (of_them + 1)
+    first = [vqa.short_dialogues([row], seed, yes_no=1)[0]["messages"][0]["content"] for seed in range(8)]
+    assert len(set(first)) > 1
 
 
 def test_easy_vqa_of_its_package(tmp_path, folder, capsys):

@@ -41,26 +41,35 @@ def config() -> Run:
 """
 
 
-@pytest.fixture(scope="session")
-def shop(tmp_path_factory):
-    """A folder with model/, train.jsonl, heldout.jsonl and recipe.py."""
-    folder = tmp_path_factory.mktemp("shop")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]),
+def chatml_tokenizer(*more):
+    """A byte tokenizer with ChatML's template and special tokens, and more of the latter."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *more]),
         bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML,
     )  # fmt: skip
-    module, params = tiny.decoder("llama", vocab_size=len(tokenizer), rope_scaling=None, eos_ids=(2,))
-    models.save(folder / "model", module, params, tokenizer=tokenizer)
-    for name, count in (("train", 40), ("heldout", 6)):
-        rows = [
-            {"prompt": f"how many cats on mat {name} {i}?", "answer": f"there are {i % 7} cats"} for i in range(count)
-        ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_shop(folder, recipe, **rows):
+    """NAME.jsonl of each of the rows, and recipe.py, which has the folder's paths."""
+    for name, some in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     values = {
         "model": str(folder / "model"), "train": str(folder / "train.jsonl"), "evaluation": str(folder / "heldout.jsonl"),
         "workdir": str(folder / "run"), "cache": str(folder / "compiled"),
     }  # fmt: skip
-    (folder / "recipe.py").write_text(RECIPE.format(**values))
+    (folder / "recipe.py").write_text(recipe.format(**values))
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory):
+    """A folder with model/, train.jsonl, heldout.jsonl and recipe.py."""
+    folder = tmp_path_factory.mktemp("shop")
+    tokenizer = chatml_tokenizer()
+    module, params = tiny.decoder("llama", vocab_size=len(tokenizer), rope_scaling=None, eos_ids=(2,))
+    models.save(folder / "model", module, params, tokenizer=tokenizer)
+    question = lambda name, i: {"prompt": f"how many cats on mat {name} {i}?", "answer": f"there are {i % 7} cats"}
+    rows = {name: [question(name, i) for i in range(count)] for name, count in (("train", 40), ("heldout", 6))}
+    write_shop(folder, RECIPE, **rows)
     return folder
 
 

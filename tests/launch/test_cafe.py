@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from PIL import Image, ImageDraw
-from transformers import PreTrainedTokenizerFast
 
 from jaxmethods import data, models, sharding
 from jaxmethods.data import Data, Source
@@ -20,7 +19,7 @@ from jaxmethods.launch.assembly import assemble, model_shapes
 from jaxmethods.launch.opening import open_model
 from jaxmethods.objectives import CAFe
 from tests import tiny
-from tests.data.conftest import CHATML, byte_level
+from tests.launch.conftest import chatml_tokenizer, write_shop
 
 RECIPE = """
 from jaxmethods.adapters import LoRA
@@ -64,10 +63,7 @@ def paint(path, colour, place):
 def room(tmp_path_factory):
     """model/, pictures/, train.jsonl, heldout.jsonl (twelve and nine rows, two of these of one picture), recipe.py in a folder."""
     folder = tmp_path_factory.mktemp("room")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]),
-        bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML,
-    )  # fmt: skip
+    tokenizer = chatml_tokenizer("<image>")
     token_id = tokenizer.convert_tokens_to_ids("<image>")
     module, params = tiny.vlm(
         num_layers=2, image_token_id=token_id, vocab_size=len(tokenizer), rope_scaling=None, eos_ids=(2,)
@@ -82,13 +78,7 @@ def room(tmp_path_factory):
             {"prompt": asked, "caption": f"a {colour} square, {place}", "picture": f"pictures/{i}.png", "number": i}
         )
     heldout = [*rows[:8], rows[0] | {"caption": "something red"}]
-    for name, some in (("train", rows), ("heldout", heldout)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
-    values = {
-        "model": str(folder / "model"), "train": str(folder / "train.jsonl"), "evaluation": str(folder / "heldout.jsonl"),
-        "workdir": str(folder / "run"), "cache": str(folder / "compiled"),
-    }  # fmt: skip
-    (folder / "recipe.py").write_text(RECIPE.format(**values))
+    write_shop(folder, RECIPE, train=rows, heldout=heldout)
     return folder
 
 

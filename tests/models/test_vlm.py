@@ -85,6 +85,13 @@ def interpolated():
     return tokens, Images(crops(3), places, weights)
 
 
+class GivenEmbeddings(Decoder):
+    """A decoder whose pictures are what stands in their place."""
+
+    def _see(self, tokens, images):
+        return images
+
+
 @pytest.mark.parametrize("kind", ["llava", "llava_onevision"])
 def test_image_tokens_are_features_of_the_tower_through_the_projector(kind):
     """By the decoder itself, given embeddings that are put together by loops; with newlines and averaged features too."""
@@ -101,10 +108,13 @@ def test_image_tokens_are_features_of_the_tower_through_the_projector(kind):
                 elif place != TEXT:
                     embeddings[row, token] += weight * features[place]
     of_decoder = {name: params[name] for name in ("model", "lm_head")}
-    given = lambda x: {"given": Given(jnp.asarray(x, jnp.float32), jnp.asarray(tokens == TOKEN))}
-    wanted, blind = (
-        models.logits(Decoder(module.config), of_decoder, tokens, **given(x)) for x in (embeddings, 0 * embeddings)
-    )
+
+    @jax.jit
+    def decoded(embeddings):
+        plain, given = GivenEmbeddings(module.config), Given(embeddings, jnp.asarray(tokens == TOKEN))
+        return models.logits_of(plain, of_decoder, models.hidden_states(plain, of_decoder, tokens, images=given)[0])
+
+    wanted, blind = decoded(jnp.asarray(embeddings, jnp.float32)), decoded(jnp.zeros(embeddings.shape))
     np.testing.assert_allclose(models.logits(module, params, tokens, images=images), wanted, atol=2e-5)
     assert np.abs(np.asarray(blind) - wanted).max() > 0.1  # the pictures are not lost in the rest
 

@@ -1,4 +1,4 @@
-"""CAFe's objective: by hand, its laws, devices, chunks, what it trains through, and what its two losses teach."""
+"""CAFe's objective: by hand, its laws, devices, chunks, and its embeddings."""
 
 from __future__ import annotations
 
@@ -10,20 +10,25 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from jaxmethods import adapters, models, sharding, training, tree
+from jaxmethods import adapters, models, sharding, tree
 from jaxmethods.data.views import Conversation
-from jaxmethods.evals import retrieval
 from jaxmethods.launch import cost
 from jaxmethods.models.decoder import Output
 from jaxmethods.objectives import CAFe, Supervised, cafe
 from tests import tiny
-
-ROWS, LENGTH, IMAGE = 8, 12, 60
-ATOL = 1e-5
-"""float32 sums in another order; losses are of order 1 and gradients of order 0.1."""
+from tests.objectives.readings import (
+    ATOL,
+    IMAGE,
+    LENGTH,
+    ROWS,
+    close,
+    contrast_by_hand,
+    log_softmax,
+    readings,
+    unit,
+)
 
 
 class Sums(nn.Module):
@@ -51,35 +56,6 @@ def sums(objective: CAFe) -> dict:
     return params | ({"objective": own} if own else {})
 
 
-def readings(*names: str, rows: int = ROWS, seed: int = 0) -> dict:
-    """Views of random text of unequal lengths, padded on the right, as the data room lays them out."""
-    rng, batch = np.random.default_rng(seed), {}
-    for name in names:
-        real = np.arange(LENGTH) < rng.integers(7, LENGTH + 1, (rows, 1))
-        batch[f"{name}/tokens"] = np.where(real, rng.integers(3, IMAGE, (rows, LENGTH)), 0).astype(np.int32)
-        batch[f"{name}/segment_ids"] = real.astype(np.int32)
-        batch[f"{name}/positions"] = np.where(real, np.arange(LENGTH), 0).astype(np.int32)
-        batch[f"{name}/target_mask"] = real & (rng.random((rows, LENGTH)) < 0.5) & (np.arange(LENGTH) > 0)
-    return batch
-
-
-THREE = ("generation", "query", "target")
-
-
-def with_pictures(batch: dict, *names: str, seed: int = 1) -> dict:
-    """Some of the views with a picture at tokens 1 to 4."""
-    rng, batch = np.random.default_rng(seed), dict(batch)
-    pixels = rng.integers(0, 256, (ROWS, 1, 8, 8, 3)).astype(np.uint8)
-    for name in names:
-        batch[f"{name}/tokens"] = batch[f"{name}/tokens"].copy()
-        batch[f"{name}/tokens"][:, 1:5] = IMAGE
-        batch[f"{name}/target_mask"] = batch[f"{name}/target_mask"] & (batch[f"{name}/tokens"] != IMAGE)
-        batch[f"{name}/pixels"] = pixels
-        batch[f"{name}/places"] = np.full((ROWS, LENGTH, 1), -1, np.int32)
-        batch[f"{name}/places"][:, 1:5, 0] = np.arange(4)
-    return batch
-
-
 SUMS = Sums()
 
 
@@ -100,35 +76,7 @@ def evaluated(objective: CAFe) -> Any:
 KEY = jax.random.key(3)
 
 
-def close(found, expected, atol=ATOL):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=1e-4), found, expected)
-
-
 # By hand: the whole of it in numpy, float64
-
-
-def log_softmax(x):
-    return x - x.max(1, keepdims=True) - np.log(np.exp(x - x.max(1, keepdims=True)).sum(1, keepdims=True))
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
-
-
-def contrast_by_hand(objective, embedded, own=None):
-    """Of embeddings of unit length."""
-    own = own or {}
-    scale = min(np.exp(own.get("log_scale", -np.log(objective.temperature))), 100.0)
-    query, target = embedded["query"], embedded["target"]
-    logits = scale * query @ target.T
-    if objective.contrast == "sigmoid":
-        signs = 2 * np.eye(len(query)) - 1
-        return np.log1p(np.exp(-signs * (logits + own.get("bias", objective.bias)))).sum() / len(query)
-    forth = logits
-    if "negative" in embedded:
-        forth = np.concatenate([forth, scale * query @ embedded["negative"].T], axis=1)
-    losses = [-np.diagonal(log_softmax(x)).mean() for x in (forth, logits.T)]
-    return losses[0] if objective.contrast == "one_way" else sum(losses) / 2
 
 
 def states_by_hand(params, batch, name):
@@ -607,176 +555,3 @@ def test_what_cannot_be_embedded_says_why():
 def test_options_that_cannot_be(options, says):
     with pytest.raises(ValueError, match=says):
         CAFe(**options)
-
-
-# What it trains through
-
-
-ADAPTERS = {
-    "self_attn/(q|v)_proj": adapters.LoRA(rank=2),
-    "mlp/up_proj": adapters.SMoRE(experts=(3,), fanout=(2,), ranks=(2,), gate_dim=4, router_dim=5),
-    "mlp/down_proj": adapters.S2FT(count=4),
-    "projector/linear_2": adapters.LoRA(rank=2),
-}
-
-
-@pytest.fixture(scope="module")
-def stepped():
-    """(which, mesh) -> trained leaves before and after two steps on a batch with pictures, and the metrics of each step.
-
-    "full" trains all of the VLM; "adapters" has LoRA, S'MoRE and S2FT on different layers of one.
-    """
-    objective = CAFe(alpha_lm=0.7, alpha_con=1.3, temperature=0.2)
-    tx = training.Optimizer(name="sgd", b1=0.0, learning_rate=0.05, schedule="constant", warmup=0).transformation(2)
-    batch = with_pictures(readings(*THREE), "generation", "query")
-
-    @functools.cache
-    def run(which, mesh=None):
-        module, params = tiny.vlm(num_layers=2)
-        if which == "adapters":
-            module = adapters.attach(module, ADAPTERS)
-            params = adapters.init(module, params, jax.random.key(2))
-        trained, frozen = adapters.partition(params, None if which == "adapters" else lambda path: True)
-        rng = np.random.default_rng(3)
-        if which == "adapters":  # away from where they start, so that every part of them can move
-            trained = jax.tree.map(lambda x: x + jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), trained)
-        before, rows = jax.tree.map(np.asarray, trained), batch
-        if mesh is not None:
-            module = module.clone(mesh=mesh)
-            place = lambda part: jax.device_put(
-                part, sharding.shardings_for(part, mesh, (*adapters.RULES, *models.RULES))
-            )
-            trained, frozen, rows = place(trained), place(frozen), sharding.place_rows(batch, ROWS, mesh)
-        step = jax.jit(training.make_train_step(objective.loss_fn(module), tx))
-        state, told = training.init_state(trained, tx, jax.random.key(0)), []
-        for _ in range(2):
-            state, metrics = step(state, frozen, rows)
-            told.append({name: float(x) for name, x in metrics.items()})
-        return before, jax.tree.map(np.asarray, state.trained), told
-
-    return run, objective, batch
-
-
-def test_a_step_with_pictures_by_hand(stepped, seeing):
-    """log-softmax of `models.logits` and embeddings from hidden states, in numpy."""
-    run, objective, batch = stepped
-    _, _, (told, after) = run("full")
-    module, params, _ = seeing
-    view = lambda name: {key.partition("/")[2]: x for key, x in batch.items() if key.startswith(f"{name}/")}
-    given = lambda name: models.Images(view(name)["pixels"], view(name)["places"])
-    generation = view("generation")
-    logits = models.logits(
-        module, params, generation["tokens"], generation["segment_ids"] > 0, images=given("generation")
-    )
-    logps = log_softmax(np.asarray(logits, np.float64).reshape(-1, 61)).reshape(logits.shape)
-    rows, columns = np.nonzero(generation["target_mask"])
-    language = -logps[rows, columns - 1, generation["tokens"][rows, columns]].mean()
-    embedded = {}
-    for name in ("query", "target"):
-        tokens, mask = view(name)["tokens"], view(name)["segment_ids"] > 0
-        images = {"images": given(name)} if name == "query" else {}
-        states = jax.jit(functools.partial(models.hidden_states, module))(params, tokens, mask, **images)[0]
-        embedded[name] = unit(np.asarray(states, np.float64)[np.arange(ROWS), mask.sum(1) - 1])
-    contrastive = contrast_by_hand(objective, embedded)
-    np.testing.assert_allclose(told["language_loss"], language, rtol=1e-5)
-    np.testing.assert_allclose(told["contrastive_loss"], contrastive, rtol=1e-5)
-    np.testing.assert_allclose(told["loss"], 0.7 * language + 1.3 * contrastive, rtol=1e-5)
-    assert told["auxiliary_loss"] == 0 and after["loss"] < told["loss"]
-
-
-@pytest.mark.parametrize("which", ["full", pytest.param("adapters", marks=pytest.mark.slow)])
-def test_two_steps_move_what_is_trained(stepped, which):
-    before, after, told = stepped[0](which)
-    paths = set(tree.flatten(after))
-    assert all(adapters.is_adapter(path) for path in paths) == (which == "adapters")
-    kinds = {path.split("/adapter/")[1].split("/")[0] for path in paths if "/adapter/" in path}
-    assert kinds == ({"lora", "smore", "s2ft"} if which == "adapters" else set())
-    for path, leaf in tree.flatten(after).items():
-        moved = np.any(leaf != tree.flatten(before)[path]) or path.endswith("k_proj/bias")  # softmax does not see these
-        assert np.isfinite(leaf).all() and moved, path
-    assert all(metrics["finite"] for metrics in told)
-    assert (told[0]["auxiliary_loss"] > 0) == (which == "adapters")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("which", "axes"), [("adapters", {"data": 2, "fsdp": 4})])
-def test_eight_devices_step_as_one_does(stepped, which, axes):
-    run = stepped[0]
-    _, alone, told = run(which)
-    _, together, also = run(which, sharding.make_mesh(axes))
-    close(together, alone)
-    for one, other in zip(told, also, strict=True):
-        assert other == pytest.approx(one, rel=1e-4, abs=1e-5)
-
-
-# What each loss teaches
-
-
-COLOURS = [(r, g, b) for r in (0, 128, 255) for g in (0, 128, 255) for b in (0, 255)][2:]
-ASK, OF_IMAGE, OF_TEXT, END = 50, 51, 52, 53
-
-
-def squares() -> dict:
-    """64 pictures of a square in one of sixteen colours at one of four places, and captions of two words."""
-    pixels = np.full((64, 1, 8, 8, 3), 64, np.uint8)
-    captions = np.array([(3 + i // 4, 30 + i % 4) for i in range(64)])
-    for i, colour in enumerate(np.repeat(COLOURS, 4, axis=0)):
-        top, left = 4 * (i % 4 // 2), 4 * (i % 2)
-        pixels[i, 0, top : top + 4, left : left + 4] = colour
-    rows = lambda *columns: np.concatenate(
-        [np.broadcast_to(np.asarray(c, np.int32).reshape(-1, np.shape(c)[-1]), (64, np.shape(c)[-1])) for c in columns],
-        1,
-    )
-    tokens = {
-        "generation": rows([1, *[IMAGE] * 4, ASK], captions, [END]), "query": rows([1, *[IMAGE] * 4, OF_IMAGE, END]),
-        "target": rows([1], captions, [OF_TEXT, END]),
-    }  # fmt: skip
-    batch = {}
-    for name, x in tokens.items():
-        batch |= {f"{name}/tokens": x, f"{name}/segment_ids": np.ones_like(x)}
-        batch[f"{name}/positions"] = np.broadcast_to(np.arange(x.shape[1], dtype=np.int32), x.shape)
-        batch[f"{name}/target_mask"] = np.broadcast_to(np.arange(x.shape[1]) > 5, x.shape)
-        if name != "target":
-            batch[f"{name}/pixels"] = pixels
-            batch[f"{name}/places"] = np.where(x == IMAGE, np.arange(x.shape[1]) - 1, -1)[..., None].astype(np.int32)
-    return batch
-
-
-@pytest.mark.slow
-def test_each_loss_teaches_its_own_and_both_teach_both():
-    """Contrastive training finds pictures and forgets to talk; language training the reverse; together they do both, and the
-    clouds of pictures and captions come together."""
-    module, start = tiny.vlm(num_layers=2)
-    rows, ids = squares(), np.arange(64)
-    look = CAFe()
-    measure = jax.jit(
-        lambda params, batch: (
-            look.embed(module, params, tree.unflatten(batch)["query"], "query"),
-            look.embed(module, params, tree.unflatten(batch)["target"], "target"),
-            CAFe(alpha_con=0)
-            .loss_fn(module)(params, {k: x for k, x in batch.items() if "generation" in k}, None)[0]
-            .value(),
-        )
-    )
-
-    def measured(params):
-        query, target, language = measure(params, rows)
-        found = retrieval.retrieval(query, target, ids, ids, ks=(1,))
-        return found.image_to_text.recall[1], float(language), found.modality_gap
-
-    def learned(objective):
-        tx = optax.adam(3e-3)
-        step = jax.jit(training.make_train_step(objective.loss_fn(module), tx))
-        state = training.init_state(start, tx, jax.random.key(0))
-        batch = {name: x for name, x in rows.items() if name.startswith(tuple(objective.views()))}
-        for _ in range(100):
-            state, _ = step(state, {}, batch)
-        return measured(state.trained)
-
-    before = measured(start)
-    language, contrastive, both = (learned(CAFe(**arm)) for arm in ({"alpha_con": 0}, {"alpha_lm": 0}, {}))
-    told = f"recall@1, nats a token, gap: before {before}, language {language}, contrastive {contrastive}, both {both}"
-    recall, nats, gap = zip(before, language, contrastive, both, strict=True)
-    assert max(recall[:2]) < 0.1 and recall[2] > 0.2 and recall[3] > 0.7 * recall[2], told
-    assert nats[1] < nats[3] < 0.5 * nats[2] and nats[2] > 0.8 * nats[0], told
-    assert gap[3] < 0.5 * gap[0], told
