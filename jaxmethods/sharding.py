@@ -174,10 +174,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def batch_sharding(mesh: Mesh, name: str = "tokens") -> NamedSharding:
+def batch_sharding(mesh: Mesh, name: str = "tokens", rank: int = 2) -> NamedSharding:
     """Where an array of a batch lies: [rows, tokens, ...] over `data` and `fsdp`, and `sequence`; [rows, ...] of pictures
-    ("pixels", or "VIEW/pixels") over the rows alone."""
-    return NamedSharding(mesh, P(BATCH[0]) if name.rpartition("/")[2] == "pixels" else BATCH)
+    ("pixels", or "VIEW/pixels") and [rows] (rank 1) over the rows alone."""
+    return NamedSharding(mesh, P(BATCH[0]) if rank == 1 or name.rpartition("/")[2] == "pixels" else BATCH)
 
 
 def rows_here(rows: int, mesh: Mesh) -> list[int]:
@@ -201,6 +201,6 @@ def place_rows(batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh) -> dict[s
             first = bisect.bisect_left(here, start)  # a device's rows are neighbours, and so they are here
             return values[first : first + stop - start, *others]
 
-        return jax.make_array_from_callback((rows, *values.shape[1:]), batch_sharding(mesh, name), block)
+        return jax.make_array_from_callback((rows, *values.shape[1:]), batch_sharding(mesh, name, values.ndim), block)
 
     return {name: place(name, values) for name, values in batch.items()}

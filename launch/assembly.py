@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxmethods import adapters, data, models, quantization, sharding, training, tree
 from jaxmethods.kernels.attention import splash
 from jaxmethods.launch.config import Run
+from jaxmethods.objectives import preference
 from jaxmethods.tree import Tree
 
 RULES = (*adapters.RULES, *models.RULES)
@@ -43,15 +44,22 @@ class Assembly:
 
     @property
     def frozen(self) -> Tree:
-        """What the step reads and never changes: the untrained part of the base, and `fixed`."""
+        """What the step reads and never changes: the untrained part of the base, `fixed`, and the start of a reference."""
         kept = {p: x for p, x in tree.flatten(self.base).items() if p not in tree.flatten(self.state.trained)}
-        return tree.unflatten(kept | tree.flatten(self.fixed))
+        return tree.unflatten(kept | tree.flatten(self.fixed) | self.start_of(tree.flatten(self.base)))
+
+    def start_of(self, flat: dict[str, Any]) -> dict[str, Any]:
+        """Of a flat base, the leaves that are trained, by the paths of the copies that the objective keeps of them."""
+        if not getattr(self.run.objective, "keeps_start", False):
+            return {}
+        trained = tree.flatten(self.state.trained)
+        return {f"{preference.START}/{path}": x for path, x in flat.items() if path in trained}
 
     def batch(self, rows: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of a batch."""
         shapes = data.batch_shapes(self.run.data, rows or self.run.batch_size, sight=self.sight, views=self.views)
-        place = lambda name: sharding.batch_sharding(self.mesh, name)
-        return {name: jax.ShapeDtypeStruct(*shape, sharding=place(name)) for name, shape in shapes.items()}
+        place = lambda name, shape: sharding.batch_sharding(self.mesh, name, len(shape))
+        return {n: jax.ShapeDtypeStruct(shape, dtype, sharding=place(n, shape)) for n, (shape, dtype) in shapes.items()}
 
     @property
     def sight(self) -> Any:
@@ -146,7 +154,8 @@ def assemble(run: Run, module: Any, base: Tree, mesh: Mesh) -> Assembly:
             f"accumulate={run.accumulate} would cut the batch, and a pair would have fewer negatives; leave it at 1 and set "
             "objective.chunk, which holds as little."
         )
-    lengths = {view.length or run.data.sequence_length for view in (views_of(run) or {"": data.View()}).values()}
+    views = (views_of(run) or {"": data.View()}).values()
+    lengths = {view.length or run.data.sequence_length for view in views if isinstance(view, data.View)}
     if uneven := sorted(length for length in lengths if length % mesh.shape["sequence"]):
         name = "data.sequence_length" if uneven[0] == run.data.sequence_length else "objective.embedding_length"
         raise ValueError(f"{name}={uneven[0]} must be a multiple of mesh.sequence={mesh.shape['sequence']}.")

@@ -18,11 +18,11 @@ from typing import Any, Literal
 from jaxmethods import tree
 from jaxmethods.adapters import S2FT, DoRA, LoRA, SMoRE
 from jaxmethods.data import Data
-from jaxmethods.objectives import CAFe, Supervised
+from jaxmethods.objectives import CREAM, CAFe, MMedPO, Preference, Supervised
 from jaxmethods.training import Optimizer
 
 AnyAdapter = LoRA | DoRA | SMoRE | S2FT
-AnyObjective = Supervised | CAFe
+AnyObjective = Supervised | CAFe | Preference | MMedPO | CREAM
 
 
 @dataclasses.dataclass(frozen=True)

@@ -223,7 +223,8 @@ def _split(assembly: Assembly, base: tree.Tree, leaves: tree.Tree) -> tuple[tree
     """(trained, frozen) arrays; trained ones in float32."""
     flat = tree.flatten(base) | tree.flatten(leaves)
     wanted = tree.flatten(assembly.state.trained)
-    trained, frozen = tree.partition(tree.unflatten(flat), lambda path: path in wanted)
+    start = jax.tree.map(jnp.copy, assembly.start_of(flat))  # what is trained is given away to the step
+    trained, frozen = tree.partition(tree.unflatten(flat | start), lambda path: path in wanted)
     return tree.cast(trained, jnp.float32), frozen
 
 

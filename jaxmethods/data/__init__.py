@@ -16,7 +16,7 @@ from jaxmethods.data.pictures import MARKER, blank, located
 from jaxmethods.data.pipeline import Batches, BatchIterator, Mixture, batches, evaluation_batches
 from jaxmethods.data.prompts import prompt_batch
 from jaxmethods.data.sources import Place, Records, open_records, records_in_memory
-from jaxmethods.data.views import Conversation, View, batch_shapes
+from jaxmethods.data.views import Conversation, Number, Pair, View, Views, batch_shapes
 
 __all__ = [
     "MARKER",
@@ -28,7 +28,9 @@ __all__ = [
     "Example",
     "Examples",
     "Mixture",
+    "Number",
     "PackedRows",
+    "Pair",
     "Place",
     "Plan",
     "Records",
@@ -36,6 +38,7 @@ __all__ = [
     "Report",
     "Source",
     "View",
+    "Views",
     "batch_shapes",
     "batches",
     "best_fit",

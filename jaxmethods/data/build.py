@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from jaxmethods.data.examples import Example, Examples, split_text, truncate
 from jaxmethods.data.packing import Batch, PackedRows, best_fit, one_each
 from jaxmethods.data.pipeline import Mixture
 from jaxmethods.data.sources import Place, Record, Records, open_records, records_in_memory
-from jaxmethods.data.views import Conversation, View, conversation_of
+from jaxmethods.data.views import Conversation, Number, View, Views, conversation_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Report:
 
     examples: what was laid into rows, `tokens` and `target_tokens` long in all. dropped: had no target.
     prompts_cut, answers_cut: lost their beginning, their end. texts_split: make several examples. pictures_dropped: their
-    pictures (by tokens, or by `Data.crops`), or all of their answer behind these, do not fit into a row.
+    pictures (by tokens, or by `Data.crops`), or all of their answer behind these, do not fit into a row. too_long: rows of which
+    a view that is not to be shortened does not fit. equal_pairs: have the same answer twice.
     """
 
     sequence_length: int
@@ -37,6 +38,8 @@ class Report:
     answers_cut: int = 0
     texts_split: int = 0
     pictures_dropped: int = 0
+    too_long: int = 0
+    equal_pairs: int = 0
     tokens: int = 0
     target_tokens: int = 0
     rows: int = 0
@@ -64,6 +67,8 @@ class Report:
                 (self.answers_cut, "answers cut"),
                 (self.texts_split, "texts split"),
                 (self.pictures_dropped, "dropped with pictures that do not fit"),
+                (self.too_long, "dropped because an answer with its prompt does not fit"),
+                (self.equal_pairs, "dropped because both answers are the same"),
             )
             if count
         ]
@@ -81,7 +86,7 @@ def build(
     split: Literal["train", "evaluation"] = "train",
     rows: Sequence[Record] | None = None,
     sight: Any = None,
-    views: Mapping[str, View] | None = None,
+    views: Views | None = None,
 ) -> tuple[grain.MapDataset, Report]:
     """Reads, tokenises (once), shortens and packs: (random-access rows, what became of the data).
 
@@ -90,7 +95,8 @@ def build(
     them to `batches` or `evaluation_batches`.
 
     sight: of a model that sees, such as `models.VLM.sight`; pictures are opened when a row is drawn.
-    views: readings of each row by name; arrays are then called "NAME/tokens" and so on, and no two rows are packed into one.
+    views: readings of each row by name; arrays are then called "NAME/tokens" and so on (those of a `Number` NAME), and no two rows
+      are packed into one.
 
     Raises ValueError where data are missing or come from both, are to be packed and have views, or make rows of more pictures
     than `Data.crops`; and what `open_records` and `Renderer` raise.
@@ -106,7 +112,7 @@ def build(
         )
     limit = data.evaluation_rows if split == "evaluation" else None
     given = [(records_in_memory(rows), Source("rows given in memory"))] if rows is not None else None
-    lay_out = functools.partial(_lay_out_views, views=views) if views else _lay_out
+    lay_out = functools.partial(_lay_out_views, readings=views) if views else _lay_out
     parts = [
         lay_out(records, source, data, tokenizer, limit, sight)
         for records, source in given or ((open_records(source.path), source) for source in sources)
@@ -136,15 +142,17 @@ def _lay_out(
 
 @dataclass(frozen=True)
 class ViewedRows:
-    """Rows of several views: a random-access source of rows whose arrays are called VIEW/ARRAY."""
+    """Rows of several views: a random-access source of rows whose arrays are called VIEW/ARRAY, and of numbers by their names."""
 
     views: Mapping[str, PackedRows]
+    numbers: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(next(iter(self.views.values())))
 
     def __getitem__(self, row: int) -> Batch:
-        return {f"{name}/{array}": x for name, rows in self.views.items() for array, x in rows[row].items()}
+        arrays = {f"{name}/{array}": x for name, rows in self.views.items() for array, x in rows[row].items()}
+        return arrays | {name: values[row] for name, values in self.numbers.items()}
 
 
 def _lay_out_views(
@@ -155,10 +163,12 @@ def _lay_out_views(
     limit: int | None,
     sight: Any,
     *,
-    views: Mapping[str, View],
+    readings: Views,
 ) -> tuple[ViewedRows, Report]:
     """The rows of one source, each view apart."""
     counts = _no_counts()
+    numbers = {name: reading for name, reading in readings.items() if isinstance(reading, Number)}
+    views = {name: reading for name, reading in readings.items() if isinstance(reading, View)}
     chat = dataclasses.replace(source, form="chat", messages="messages", images="images")
     eyes = {name: sight if view.pictures else None for name, view in views.items()}
     renderers = {
@@ -166,6 +176,7 @@ def _lay_out_views(
         for name, view in views.items()
     }
     kept: dict[str, list[Example]] = {name: [] for name in views}
+    told: dict[str, list[float]] = {name: [] for name in numbers}
     for chunk in in_chunks(islice(records.placed(), limit)):
         conversations = [(place, conversation_of(row, source, place)) for place, row in chunk]
         rendered = [
@@ -173,6 +184,10 @@ def _lay_out_views(
             for name, view in views.items()
         ]
         for (place, conversation), *examples_of in zip(conversations, *rendered, strict=True):
+            if conversation.pair is not None and conversation.pair.equal:
+                counts["equal_pairs"] += 1
+                continue
+            values = {name: number.read(conversation.row, place) for name, number in numbers.items()}
             made: dict[str, Example] = {}
             for (name, view), (_, example) in zip(views.items(), examples_of, strict=True):
                 shortened = _shortened(example, renderers[name], view, conversation, place, data, counts)
@@ -182,6 +197,8 @@ def _lay_out_views(
             else:
                 for name, example in made.items():
                     kept[name].append(example)
+                for name, value in values.items():
+                    told[name].append(value)
     examples = {name: Examples.of(of_view) for name, of_view in kept.items()}
     _require_some(next(iter(examples.values())), records, counts)
     rows = ViewedRows(
@@ -190,7 +207,8 @@ def _lay_out_views(
                 of_view, one_each(len(of_view)), views[name].length or data.sequence_length, eyes[name], data.crops
             )
             for name, of_view in examples.items()
-        }
+        },
+        {name: _of_all(numbers[name], values, records) for name, values in told.items()},
     )
     return rows, _report(data, list(examples.values()), len(rows), counts)
 
@@ -215,6 +233,9 @@ def _shortened(
 ) -> Example | None:
     """A rendered reading of a row in at most the view's length; None where it is left out, which is counted."""
     length = view.length or data.sequence_length
+    if view.whole and len(example.tokens) > length:
+        counts["too_long"] += 1
+        return None
     if not view.embeds:
         told = renderer.tokenizer.bos_token_id, renderer.sight, data.crops
         return next(_fitting([("chat", example)], length, *told, counts), None)
@@ -237,7 +258,16 @@ def _shortened(
 
 
 def _no_counts() -> dict[str, int]:
-    return dict.fromkeys(("dropped", "prompts_cut", "answers_cut", "texts_split", "pictures_dropped"), 0)
+    names = "dropped", "prompts_cut", "answers_cut", "texts_split", "pictures_dropped", "too_long", "equal_pairs"
+    return dict.fromkeys(names, 0)
+
+
+def _of_all(number: Number, values: Sequence[float], records: Records) -> np.ndarray:
+    """What stands in batches for a number of each row."""
+    try:
+        return np.asarray(number.of_all(np.asarray(values)), np.float32)
+    except ValueError as error:
+        raise ValueError(f"{records.source}, field {number.field!r}: {error}") from None
 
 
 def _require_some(examples: Examples, records: Records, counts: Mapping[str, int]) -> None:
@@ -248,6 +278,11 @@ def _require_some(examples: Examples, records: Records, counts: Mapping[str, int
             f"{records.source}: no row is left; {big} have pictures that do not fit, and {counts['dropped']} no token to "
             "predict. Raise data.sequence_length (and data.crops where it is set)."
         )
+    if counts["too_long"] or counts["equal_pairs"]:
+        raise ValueError(
+            f"{records.source}: no pair is left; of {counts['too_long']} an answer with its prompt does not fit, and "
+            f"{counts['equal_pairs']} have the same answer twice. Raise data.sequence_length."
+        )
     raise ValueError(f"{records.source}: no row has a token to predict; all {counts['dropped']} were dropped.")
 
 
@@ -255,7 +290,10 @@ def _with_one_room(parts: Sequence[Any]) -> list[Any]:
     """The rows of all sources with room for as many crops as any of them needs, so that they can stand in one batch."""
     if isinstance(parts[0], ViewedRows):
         of_views = {name: _with_one_room([part.views[name] for part in parts]) for name in parts[0].views}
-        return [ViewedRows({name: rows[i] for name, rows in of_views.items()}) for i in range(len(parts))]
+        return [
+            dataclasses.replace(part, views={name: rows[i] for name, rows in of_views.items()})
+            for i, part in enumerate(parts)
+        ]
     room = max(part.crops for part in parts)
     return [dataclasses.replace(part, room=room) for part in parts]
 

@@ -33,7 +33,7 @@ Tokenizer = Any
 
 Message = Mapping[str, Any]
 
-MARKS = ("answers", "published")
+MARKS = ("answers", "last", "published")
 _ROWS_AT_ONCE = 512
 _ALL = sys.maxsize
 # Some templates print today's date into the system prompt; data must be the same tomorrow, so it is fixed.
@@ -85,7 +85,8 @@ class Renderer:
     With `sight` (of a model that sees; its `format` and `image_token_id` are read) rows may have pictures, each at a marker
     `<image>` in the text.
 
-    marks: which tokens of a conversation are targets. "answers": the assistant's words and what ends its turn.
+    marks: which tokens of a conversation are targets. "answers": the assistant's words and what ends its turn. "last": those of
+      its last turn alone.
       "published": as LLaVA-OneVision's code has it, each assistant turn with its header and all that follows it, and anywhere
       the newline and the tokens that begin and end a turn; for templates of the ChatML form.
     empty_answers: let an assistant's turn be empty.
@@ -201,7 +202,7 @@ class Renderer:
         whole = self._template(messages, False, place)
         starts: list[int] = []
         ends: list[int] = []
-        for turn in turns:
+        for turn in turns[-1:] if self.marks == "last" else turns:
             if self._end_of_turn in messages[turn]["content"]:
                 raise ValueError(
                     f"{place}: message {turn + 1} contains {self._end_of_turn!r}, which ends a turn; remove it."

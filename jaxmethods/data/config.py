@@ -24,8 +24,11 @@ class Source:
     prompt, answer: fields of question-and-answer rows (text, text).
     messages: field of chat rows (a list of {"role", "content"}).
     text: field of plain rows, where every token is a target.
+    chosen, rejected: fields of preference rows: two answers to the prompt. They are text, or lists of messages that end in one;
+      these may hold the prompt too, and then no field does.
     images: field of the pictures, for models that see: a path (relative to the file), bytes, or several of these; rows may
       lack it. The text has `<image>` where each of them stands.
+    rejected_images: field of the pictures that the rejected answer is given to, where they are others than the chosen answer's.
     form: of the rows, "answer", "chat" or "text"; "auto" takes the one whose fields the first row has.
     """
 
@@ -35,7 +38,10 @@ class Source:
     answer: str = "answer"
     messages: str = "messages"
     text: str = "text"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
     images: str = "images"
+    rejected_images: str = "rejected_images"
     form: str = "auto"
 
     def __post_init__(self) -> None:
@@ -47,7 +53,7 @@ class Source:
             )
         if self.form not in FORMS:
             raise ValueError(f"{self.path}: form={self.form!r} is none of {', '.join(FORMS)}.")
-        for field in ("prompt", "answer", "messages", "text", "images"):
+        for field in ("prompt", "answer", "messages", "text", "chosen", "rejected", "images", "rejected_images"):
             if not getattr(self, field):
                 raise ValueError(f"{self.path}: the name of the {field} field is empty.")
 
