@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -38,6 +38,8 @@ class Reports(NamedTuple):
     reports: int
     incomplete: int
     repeated: int
+    labels: dict[str, frozenset[str]]
+    """id -> the report's MeSH headings, such as {"Cardiomegaly", "Pleural Effusion"}; {"normal"} where nothing was found."""
 
     def __str__(self) -> str:
         return (
@@ -91,15 +93,16 @@ def read_archive(path: str | os.PathLike[str]) -> Reports:
                 file = archive.extractfile(member)
                 assert file is not None  # a regular file
                 found.append(_sections(file.read(), f"{path}, {member.name}"))
-    rows, seen, incomplete = [], set(), 0
-    for name, findings, impression in sorted(found, key=lambda report: _natural(report[0])):
+    rows, seen, incomplete, labels = [], set(), 0, {}
+    for name, findings, impression, headings in sorted(found, key=lambda report: _natural(report[0])):
         words = (_words(findings), _words(impression))
         if not all(words):
             incomplete += 1
         elif words not in seen:
             seen.add(words)
             rows.append({"id": name, "prompt": INSTRUCTION + findings, "answer": impression})
-    return Reports(rows, len(found), incomplete, len(found) - incomplete - len(rows))
+            labels[name] = headings
+    return Reports(rows, len(found), incomplete, len(found) - incomplete - len(rows), labels)
 
 
 def split_by_report(rows: Sequence[Mapping[str, str]], held_out: float = 0.1, seed: int = 0) -> Split:
@@ -119,8 +122,41 @@ def split_by_report(rows: Sequence[Mapping[str, str]], held_out: float = 0.1, se
     return parts
 
 
-def _sections(document: bytes, where: str) -> tuple[str, str, str]:
-    """(id, findings, impression) of one report, white space made even."""
+def contradicted_pairs(
+    rows: Sequence[Mapping[str, str]], labels: Mapping[str, frozenset[str]], seed: int = 0
+) -> list[dict[str, str]]:
+    """Preference rows {"id", "prompt", "chosen", "rejected"}: a report's own impression, and one that contradicts it.
+
+    By the reports' own labels: of a normal report the impression of one that states a finding, of such a one that of a normal
+    report. Which is decided by a hash of the report and the seed. Reports that are labelled otherwise than they say (most often
+    an old calcification, and "no acute disease") are in neither group.
+    """
+    normal = [row for row in rows if labels[row["id"]] == {"normal"}]
+    ill = [row for row in rows if "normal" not in labels[row["id"]] and _states(row["answer"], labels[row["id"]])]
+    pairs = []
+    for group, others in ((normal, ill), (ill, normal)):
+        for row in group if others else ():
+            digest = hashlib.blake2b(f"{seed} {row['id']}".encode(), digest_size=8).digest()
+            other = others[int.from_bytes(digest) % len(others)]
+            pairs.append(
+                {"id": row["id"], "prompt": row["prompt"], "chosen": row["answer"], "rejected": other["answer"]}
+            )
+    return sorted(pairs, key=lambda pair: _natural(pair["id"]))
+
+
+def _states(text: str, labels: Iterable[str]) -> bool:
+    """Whether a text names one of the findings, and not to deny it."""
+    for sentence in re.split(r"[.;]", text.casefold()):
+        words = re.findall(r"\w+", sentence)
+        if not {"no", "without", "not", "negative", "resolved"} & set(words):
+            named = {label.casefold().split(",")[0].split()[-1] for label in labels if label}
+            if named & set(words):
+                return True
+    return False
+
+
+def _sections(document: bytes, where: str) -> tuple[str, str, str, frozenset[str]]:
+    """(id, findings, impression, MeSH headings) of one report, white space made even."""
     if b"<!DOCTYPE" in document or b"<!ENTITY" in document:  # the one way in which XML read by expat could harm
         raise ValueError(f"{where}: declares a document type or entities, which no report does; not read.")
     try:
@@ -131,7 +167,8 @@ def _sections(document: bytes, where: str) -> tuple[str, str, str]:
     if identity is None or not identity.get("id"):
         raise ValueError(f"{where}: the report has no uId.")
     text = {part.get("Label"): " ".join("".join(part.itertext()).split()) for part in root.iter("AbstractText")}
-    return identity.get("id", ""), text.get("FINDINGS", ""), text.get("IMPRESSION", "")
+    headings = frozenset((major.text or "").split("/")[0].strip() for major in root.iter("major"))
+    return identity.get("id", ""), text.get("FINDINGS", ""), text.get("IMPRESSION", ""), headings
 
 
 def _words(text: str) -> str:
@@ -149,7 +186,7 @@ def _described(path: Path, rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes train.jsonl and heldout.jsonl; returns the exit status."""
+    """Writes train.jsonl and heldout.jsonl, and the pairs of both; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m jaxmethods.data.reports", description=(__doc__ or "").splitlines()[0]
     )
@@ -171,6 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, rows in (("train.jsonl", parts.train), ("heldout.jsonl", parts.held_out)):
             write_jsonl(options.to / name, rows)
             print(_described(options.to / name, rows))
+            pairs = contradicted_pairs(rows, reports.labels, options.seed)
+            write_jsonl(options.to / f"pairs_{name}", pairs)
+            print(f"{options.to / f'pairs_{name}'}: {len(pairs):,} of them with an impression that contradicts")
     except (ImportError, OSError, ValueError, tarfile.TarError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

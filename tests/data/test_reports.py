@@ -14,12 +14,14 @@ import pytest
 from jaxmethods.data import reports
 
 
-def document(name, findings, impression):
+def document(name, findings, impression, *headings):
     def part(label, text):
         return f'<AbstractText Label="{label}">{text}</AbstractText>' if text else f'<AbstractText Label="{label}"/>'
 
     body = part("INDICATION", "cough") + part("FINDINGS", findings) + part("IMPRESSION", impression)
-    return f'<?xml version="1.0" encoding="utf-8"?><eCitation><uId id="{name}"/><Abstract>{body}</Abstract></eCitation>'
+    mesh = "".join(f"<major>{heading}</major>" for heading in headings)
+    body = f"<Abstract>{body}</Abstract><MeSH>{mesh}</MeSH>"
+    return f'<?xml version="1.0" encoding="utf-8"?><eCitation><uId id="{name}"/>{body}</eCitation>'
 
 
 def archive(path, documents):
@@ -54,6 +56,36 @@ def test_rows_of_an_archive_by_hand(tmp_path):
         {"id": "CXR12", "prompt": reports.INSTRUCTION + "Effusion.", "answer": "Small effusion."},
     ]
     assert str(found) == "3 rows of 7 reports: 3 lack findings or impression, 1 repeat the words of an earlier one"
+
+
+def test_pairs_contradict_by_label(tmp_path):
+    """Normal reports and those that state what they are labelled with, each other's; the rest in no pair."""
+    path = archive(
+        tmp_path / "a.tgz",
+        [
+            document("CXR1", "Clear lungs.", "Normal chest.", "normal"),
+            document("CXR2", "Big heart.", "Stable cardiomegaly.", "Cardiomegaly/severe", "Aorta/tortuous"),
+            document("CXR3", "An old granuloma.", "No acute disease.", "Calcified Granuloma/lung"),
+            document("CXR4", "Fluid gone.", "No cardiomegaly, no effusion.", "Pleural Effusion"),
+            document("CXR5", "Blunted.", "Clear heart. Small right effusion.", "Pleural Effusion/right/small"),
+            document("CXR6", "Poor picture.", "Repeat.", "Technical Quality of Image Unsatisfactory "),
+        ],
+    )
+    found = reports.read_archive(path)
+    assert found.labels["CXR2"] == {"Cardiomegaly", "Aorta"} and found.labels["CXR1"] == {"normal"}
+    pairs = reports.contradicted_pairs(found.rows, found.labels)
+    assert [pair["id"] for pair in pairs] == ["CXR1", "CXR2", "CXR5"]
+    assert [pair["chosen"] for pair in pairs] == [
+        "Normal chest.",
+        "Stable cardiomegaly.",
+        "Clear heart. Small right effusion.",
+    ]
+    assert pairs[0]["rejected"] in ("Stable cardiomegaly.", "Clear heart. Small right effusion.")
+    assert pairs[1]["rejected"] == pairs[2]["rejected"] == "Normal chest."
+    assert pairs[0]["prompt"] == reports.INSTRUCTION + "Clear lungs."
+    chosen_for_one = {reports.contradicted_pairs(found.rows, found.labels, seed)[0]["rejected"] for seed in range(9)}
+    assert len(chosen_for_one) == 2
+    assert reports.contradicted_pairs(found.rows[:1], found.labels) == []
 
 
 def test_archives_that_are_not_reports_are_refused(tmp_path):
@@ -120,18 +152,27 @@ def test_the_real_reports(installed):
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
 
 
-def test_the_command_writes_both_files(installed, tmp_path):
+def test_the_real_pairs(installed):
+    pairs = reports.contradicted_pairs(installed.rows, installed.labels)
+    of = {row["id"]: row for row in installed.rows}
+    normal = [pair for pair in pairs if installed.labels[pair["id"]] == {"normal"}]
+    assert 500 < len(normal) < len(pairs) < 1500 and len(pairs) - len(normal) > 300
+    for pair in pairs:
+        assert pair["chosen"] == of[pair["id"]]["answer"] != pair["rejected"]
+
+
+def test_the_command_writes_all_files(installed, tmp_path):
     command = [sys.executable, "-W", "error", "-m", "jaxmethods.data.reports", "--to", str(tmp_path / "new" / "folder")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     folder = tmp_path / "new" / "folder"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "heldout.jsonl",
-        "train.jsonl",
-    ]  # and nothing half-written
+    names = "heldout.jsonl", "pairs_heldout.jsonl", "pairs_train.jsonl", "train.jsonl"
+    assert tuple(sorted(path.name for path in folder.iterdir())) == names  # and nothing half-written
     expected = reports.split_by_report(installed.rows)
     for name, part in (("train.jsonl", expected.train), ("heldout.jsonl", expected.held_out)):
         assert [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()] == part
         assert f"{folder / name}: {len(part):,} rows of " in done.stdout
+        pairs = [json.loads(line) for line in (folder / f"pairs_{name}").read_text(encoding="utf-8").splitlines()]
+        assert pairs == reports.contradicted_pairs(part, installed.labels)
 
 
 def test_a_missing_package_is_one_clear_line(tmp_path, monkeypatch, capsys):

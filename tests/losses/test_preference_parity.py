@@ -9,12 +9,17 @@ from jaxmethods import losses
 from jaxmethods.losses import PairLogps
 
 torch = pytest.importorskip("torch")
-trl = pytest.importorskip("trl")
+pytest.importorskip("trl")
 
 RNG = np.random.default_rng(1)
 SUMS = PairLogps(*RNG.uniform(-60, -1, (2, 32)).astype(np.float32))
 LENGTHS = PairLogps(*RNG.integers(1, 30, (2, 32)))
 MEANS = PairLogps(*(x / n for x, n in zip(SUMS, LENGTHS, strict=True)))
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
 
 
 def of_trl(method, logps, **settings):
