@@ -22,10 +22,11 @@ from rich.console import Console
 
 from jaxmethods import adapters, data, models, quantization, sharding, training, tree
 from jaxmethods.launch import config as run_config
-from jaxmethods.launch import cost, distributed, plot, progress, targets
+from jaxmethods.launch import cost, distributed, plot, progress, reference, targets
 from jaxmethods.launch.assembly import Assembly, assemble, load_model, model_shapes
 from jaxmethods.launch.config import Run
 from jaxmethods.launch.metrics import MetricsFile
+from jaxmethods.objectives import preference
 
 
 class RunFailed(RuntimeError):
@@ -60,7 +61,7 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
         read: Any = functools.partial(data.build, run.data, tokenizer, sight=assembly.sight, views=assembly.views)
         rows, report = read()
         held_out = read(split="evaluation")[0] if run.data.evaluation else None
-        batches = iter(_training_batches(assembly, rows))
+        stream = _training_batches(assembly, rows)
         _, base = load_model(run, mesh)
 
     # What could be wrong with config, model or data has been said by now: the folder becomes this run's.
@@ -69,6 +70,15 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
             _claim(workdir, run)
     with distributed.together(f"looking at {workdir}"):
         _find_claim(workdir, run)
+
+    if cache := getattr(run.objective, "cache", None):
+        module, params = preference.start_of(assembly.module, base)
+        told: Any = dict(
+            tokenizer=tokenizer, mesh=mesh, batch_size=run.evaluation_batch_size or run.batch_size, say=say
+        )
+        rows, held_out = reference.kept(cache, (rows, held_out), module=module, params=params, **told)
+        stream = _training_batches(assembly, rows)
+    batches = iter(stream)
 
     # State: fresh, or from the latest good checkpoint.
     init_key, run_key = jax.random.split(jax.random.key(run.seed))

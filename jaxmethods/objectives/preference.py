@@ -67,6 +67,8 @@ class Preference:
         weight: a field of the rows with the weight of each pair, at least 0. The mean is over pairs, not over weights.
         reference: "start": the model before the first step. "drifting": parameters of the model that are trained beside
             adapters serve the reference too, as in the released code of MMedPO and MMed-RAG (the projector).
+        cache: a Parquet file for the log-probabilities by the start: each pair is scored once before the first step, or found
+            there. None: they are computed in every step.
     """
 
     loss: str = "dpo"
@@ -77,6 +79,7 @@ class Preference:
     nll_weight: float = 0.0
     weight: str | None = None
     reference: str = "start"
+    cache: str | None = None
 
     takes: ClassVar[tuple[str, ...]] = LOSSES
     """Which losses a method built on this one works with."""
@@ -94,7 +97,10 @@ class Preference:
             "label_smoothing": (self.label_smoothing != 0, ("dpo", "robust")),
             "gamma": (self.gamma is not None, ("simpo",)),
             "per_token": (self.per_token, ("dpo", "ipo")),
+            "cache": (self.cache is not None, tuple(x for x in LOSSES if x not in WITHOUT_REFERENCE)),
         }
+        if self.cache is not None and self.reference == "drifting":
+            raise ValueError("a reference that drifts cannot be kept; leave cache=None, or reference='start'.")
         for name, (is_given, takes) in given.items():
             if is_given and self.loss not in takes:
                 raise ValueError(
@@ -104,7 +110,12 @@ class Preference:
     @property
     def keeps_start(self) -> bool:
         """Whether copies of trained leaves are wanted at `reference/`."""
-        return self.loss not in WITHOUT_REFERENCE and self.reference == "start"
+        return self.loss not in WITHOUT_REFERENCE and self.reference == "start" and self.cache is None
+
+    @property
+    def found(self) -> tuple[str, ...]:
+        """Arrays [rows] that a batch needs besides those of `views`."""
+        return () if self.cache is None else ("reference_chosen", "reference_rejected")
 
     def views(self) -> Views:
         """The readings of a row that this objective takes."""
@@ -147,13 +158,15 @@ class Preference:
         def loss_fn(params: Tree, batch: Mapping[str, Any], key: Any) -> tuple[Mean, dict[str, Mean]]:
             sides = tree.unflatten({name: x for name, x in batch.items() if "/" in name})
             numbers = {name: x for name, x in batch.items() if "/" not in name}
-            both = _together(sides["chosen"], sides["rejected"])
+            both = together(sides["chosen"], sides["rejected"])
             counts = both["target_mask"].sum(axis=1).reshape(-1, 2).astype(jnp.float32)
             real = counts[:, 0] > 0  # of the rows that fill up a batch, none
             lengths = PairLogps(*jnp.maximum(counts, 1).T)
             policy, aux = pair_logps(module, params, both, key)
             reference = None
-            if self.loss not in WITHOUT_REFERENCE:
+            if self.cache is not None:
+                reference = PairLogps(numbers["reference_chosen"], numbers["reference_rejected"])
+            elif self.loss not in WITHOUT_REFERENCE:
                 reference = jax.lax.stop_gradient(pair_logps(*start_of(module, params), both, None)[0])
             value = self.pair_loss(policy, reference, lengths, numbers)
             if "weight" in numbers:
@@ -207,7 +220,7 @@ def start_of(module: Any, params: Tree) -> tuple[Any, Tree]:
     return module, tree.unflatten(flat | tree.flatten(params.get(START, {})))
 
 
-def _together(chosen: Mapping[str, Any], rejected: Mapping[str, Any]) -> dict[str, Array]:
+def together(chosen: Mapping[str, Any], rejected: Mapping[str, Any]) -> dict[str, Array]:
     """[B, ...] of each side as [2 B, ...], a pair side by side: every device keeps its rows."""
     both = {}
     for name, x in chosen.items():
