@@ -183,3 +183,4 @@ def test_a_run_with_the_file_is_the_run_without(room, run, here, one_device, tmp
     )
     done = train("three", "--model", tmp_path / "changed")
     assert done.returncode == 2 and "kept.parquet was made with another model" in done.stderr
+    assert not (tmp_path / "three").exists()
