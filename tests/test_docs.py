@@ -63,6 +63,13 @@ def test_the_notebook_of_the_readme(smollm2_file, capsys):
     assert all("/adapter/smore/" in path for path in tree.flatten(names["trained"]))
 
 
+def test_the_losses_of_the_preference_page():
+    names = shown("docs/preference.md")
+    margin = (-12.0 + 13.0) - (-15.0 + 13.5)
+    expected = np.log1p(np.exp(-0.1 * margin))
+    assert float(names["losses"].dpo_loss(names["policy"], names["reference"])[0]) == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_guide_to_adapters():
     names = shown("docs/adapters_guide.md")
     alone = names["models"].logits(names["module"], names["base"], names["tokens"])

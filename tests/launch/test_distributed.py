@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxmethods.launch import train
+from jaxmethods.launch import reference, train
 from jaxmethods.launch.config import load_config
+from tests.launch.test_preference import room  # noqa: F401  # a fixture
 from tests.launch.test_train import losses
 
 pytestmark = pytest.mark.slow
@@ -262,3 +263,24 @@ def test_a_folder_that_is_not_shared_and_processes_of_different_runs_are_refused
     train._find_claim(tmp_path, ours)
     with pytest.raises(ValueError, match="give all processes the same config and flags"):
         train._find_claim(tmp_path, dataclasses.replace(ours, checkpoint_every=5), patience=0.0)
+
+
+def test_two_processes_keep_the_reference_of_one(room, tmp_path):  # noqa: F811
+    """Each scores its rows; the file, written by the first, is that of one process, and both know what is in it."""
+    recipe = room / "recipe.py"
+    start = lambda count: run(
+        recipe,
+        tmp_path / f"run{count}",
+        "--steps",
+        "2",
+        "--objective.cache",
+        tmp_path / f"{count}.parquet",
+        count=count,
+    )
+    start(1), start(2)
+    one, two = (reference.read(str(tmp_path / f"{count}.parquet")) for count in (1, 2))
+    assert len(one) == 26 and list(one) == list(two)
+    for key, numbers in one.items():
+        assert two[key] == pytest.approx(numbers, rel=1e-5)
+    shutil.rmtree(tmp_path / "run2")
+    assert "26 pairs, 0 of them scored now" in start(2).said()
