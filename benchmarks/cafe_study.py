@@ -132,7 +132,7 @@ def _write(page: Path, rows: Sequence[dict[str, Any]]) -> None:
     page.write_text(f"{head}\n\n{MARK}\n\n" + "\n".join(lines) + "\n")
     sheet = Path("benchmarks/results/cafe_sheet.png")
     if sheet.is_file():
-        shutil.copy(sheet, page.with_name("cafe_retrieval.png"))
+        shutil.move(sheet, page.with_name("cafe_retrieval.png"))
 
 
 def _cell(values: Sequence[float]) -> str:
