@@ -12,7 +12,8 @@ under which the paper's four numbers make sense. The released code's reference s
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,51 @@ def relevance_weights(
     equal = spread <= 1e-6 * jnp.abs(scores).max()  # but for rounding
     z = jnp.where(equal, 0.0, (scores - scores.mean()) / jnp.where(equal, 1.0, spread))
     return jnp.clip(MEAN + np.sqrt(VARIANCE) * z, LEAST_WEIGHT, MOST_WEIGHT)
+
+
+Judge = Callable[[str, float | None], float | None]
+"""(answer, the score so far or None) -> a score in [0, 1]: the given one to agree, another to differ, None where it has none."""
+
+
+class Debate(NamedTuple):
+    """What several judges came to."""
+
+    score: float | None
+    """None where no judge had any."""
+    agreed: bool
+    history: tuple[float, ...]
+    """Every score that was given, in order."""
+
+
+def debate(judges: Sequence[Judge], answer: str, *, rounds: int = 5) -> Debate:
+    """The relevance of an answer by judges who hear the score before theirs, in turn, until a whole round holds the same one.
+
+    Without consensus it is the mean of all that was said (section 3.3 of the paper; 3 judges and 5 rounds there). A judge that has
+    no score is passed over.
+
+    Raises:
+        ValueError: no judges, no rounds, or a score that is no number in [0, 1].
+    """
+    if not judges or rounds < 1:
+        raise ValueError(
+            f"a debate of {len(judges)} judges in {rounds} rounds has nothing to say; give at least one of each."
+        )
+    history: list[float] = []
+    for _ in range(rounds):
+        said = []
+        for number, judge in enumerate(judges):
+            score = judge(answer, history[-1] if history else None)
+            if score is None:
+                continue
+            if not 0 <= score <= 1:
+                raise ValueError(
+                    f"judge {number + 1} gave the score {score!r}; it must be a number in [0, 1], or None."
+                )
+            said.append(score)
+            history.append(score)
+        if said and len(set(said)) == 1:
+            return Debate(said[0], True, tuple(history))
+    return Debate(sum(history) / len(history) if history else None, False, tuple(history))
 
 
 def signal_rates() -> np.ndarray:

@@ -43,6 +43,56 @@ def test_weight_laws():
         mmedpo.relevance_weights(SCORES, mode="moments")
 
 
+def calls(*judges):
+    """Judges that count how often they were asked."""
+    count = [0]
+
+    def counted(judge):
+        def asked(answer, previous):
+            count[0] += 1
+            return judge(answer, previous)
+
+        return asked
+
+    return [counted(judge) for judge in judges], count
+
+
+AGREES = lambda answer, previous: previous
+ALWAYS = lambda score: lambda answer, previous: score
+
+
+def test_a_debate_of_one_mind_asks_each_judge_once():
+    judges, count = calls(ALWAYS(0.7), AGREES, AGREES)
+    assert mmedpo.debate(judges, "an answer") == (0.7, True, (0.7, 0.7, 0.7)) and count == [3]
+
+
+def test_a_debate_without_end_is_the_mean_of_all_that_was_said():
+    judges, count = calls(ALWAYS(0.2), ALWAYS(0.4), ALWAYS(0.9))
+    score, agreed, history = mmedpo.debate(judges, "an answer", rounds=5)
+    assert score == pytest.approx(0.5) and not agreed and history == (0.2, 0.4, 0.9) * 5 and count == [15]
+
+
+def test_a_debate_ends_in_the_round_that_agrees():
+    """The first judge is won over in the second round."""
+    first = lambda answer, previous: 0.9 if previous is None else previous
+    assert mmedpo.debate([first, ALWAYS(0.3), AGREES], "x") == (0.3, True, (0.9, 0.3, 0.3, 0.3, 0.3, 0.3))
+    heard = []
+    mmedpo.debate([lambda answer, previous: heard.append((answer, previous)) or 0.5], "x")
+    assert heard == [("x", None)]
+
+
+def test_a_judge_without_a_score_is_passed_over():
+    silent = lambda answer, previous: None
+    assert mmedpo.debate([silent, ALWAYS(0.6), AGREES], "x") == (0.6, True, (0.6, 0.6))
+    assert mmedpo.debate([silent, silent], "x") == (None, False, ())
+    for score in (1.2, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="judge 2 gave the score"):
+            mmedpo.debate([ALWAYS(0.5), ALWAYS(score)], "x")
+    for judges, rounds in (([], 5), ([AGREES], 0)):
+        with pytest.raises(ValueError, match="has nothing to say"):
+            mmedpo.debate(judges, "x", rounds=rounds)
+
+
 def test_schedule_is_the_documented_one():
     rates = mmedpo.signal_rates()
     told = {0: 1.0000, 100: 0.998, 300: 0.981, 500: 0.863, 700: 0.593, 900: 0.365, 999: 0.285}
