@@ -78,7 +78,7 @@ def in_jax(o: Options, case: str) -> dict[str, Any]:
     )  # fmt: skip
     batch = data.evaluation_batches(laid_out, o.pairs)[0]
     if case == "cached":  # what they are does not matter to the time
-        batch |= dict.fromkeys(objective.found, np.full(o.pairs, -50.0, np.float32))
+        batch |= dict.fromkeys(objective.precomputed, np.full(o.pairs, -50.0, np.float32))
     adapted = adapters.attach(module.clone(remat=o.remat), {steps.EVERY_LINEAR: adapters.LoRA(rank=o.rank)})
     init = jax.jit(lambda p, key: adapters.init(adapted, p, key), donate_argnums=0)
     trained, frozen = adapters.partition(init(params, jax.random.key(0)))

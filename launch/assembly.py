@@ -58,7 +58,7 @@ class Assembly:
     def batch(self, rows: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of a batch."""
         shapes = data.batch_shapes(self.run.data, rows or self.run.batch_size, sight=self.sight, views=self.views)
-        more = getattr(self.run.objective, "found", ())
+        more = getattr(self.run.objective, "precomputed", ())
         shapes |= dict.fromkeys(more, ((rows or self.run.batch_size,), jnp.float32))
         place = lambda name, shape: sharding.batch_sharding(self.mesh, name, len(shape))
         return {n: jax.ShapeDtypeStruct(shape, dtype, sharding=place(n, shape)) for n, (shape, dtype) in shapes.items()}

@@ -63,8 +63,8 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
         held_out = read(split="evaluation")[0] if run.data.evaluation else None
         stream = _training_batches(assembly, rows)
         _, base = load_model(run, mesh)
-        start = preference.start_of(assembly.module, base)
         if cache := getattr(run.objective, "cache", None):
+            start = preference.start_of(assembly.module, base)
             reference.read(cache, reference.fingerprint(*start, tokenizer))  # another's file is refused here
 
     # What could be wrong with config, model or data has been said by now: the folder becomes this run's.
@@ -79,7 +79,7 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
         told: Any = dict(tokenizer=tokenizer, mesh=mesh, batch_size=size, say=say)
         rows, held_out = reference.kept(cache, (rows, held_out), module=start[0], params=start[1], **told)
         stream = _training_batches(assembly, rows)
-    del start
+        del start
     batches = iter(stream)
 
     # State: fresh, or from the latest good checkpoint.

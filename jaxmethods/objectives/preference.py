@@ -113,7 +113,7 @@ class Preference:
         return self.loss not in WITHOUT_REFERENCE and self.reference == "start" and self.cache is None
 
     @property
-    def found(self) -> tuple[str, ...]:
+    def precomputed(self) -> tuple[str, ...]:
         """Arrays [rows] that a batch needs besides those of `views`."""
         return () if self.cache is None else ("reference_chosen", "reference_rejected")
 
@@ -148,6 +148,9 @@ class Preference:
 
     def loss_fn(self, module: Any) -> Any:
         """`loss_fn(params, batch, key) -> (Mean, metrics)`; the batch has the arrays of `views`.
+
+        Where more than adapters is trained, `params` hold copies of these leaves at `reference/`, not trained (`keeps_start`):
+        without them such leaves are their own reference, and drift.
 
         Metrics, means over pairs: `loss`; `rewards/chosen` and `rewards/rejected`, beta x (log p - reference's log p), or beta x
         log p (a token, where the loss is) without a reference; `rewards/margins`, `rewards/accuracies` (how often the chosen
