@@ -282,5 +282,3 @@ def test_two_processes_keep_the_reference_of_one(room, tmp_path):  # noqa: F811
     assert len(one) == 26 and list(one) == list(two)
     for key, numbers in one.items():
         assert two[key] == pytest.approx(numbers, rel=1e-5)
-    shutil.rmtree(tmp_path / "run2")
-    assert "26 pairs, 0 of them scored now" in start(2).said()
