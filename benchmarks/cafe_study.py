@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,8 @@ import tyro
 
 ARMS = {"language": {"alpha-con": 0}, "contrastive": {"alpha-lm": 0}, "both": {}}
 CONFIG = "configs/cafe_small.py"
+SHEET = "build/cafe_retrieval.png"
+"""Pictures with the captions found for them; it stays out of the repository, as Tux Paint's pictures (GPL-2) do."""
 MARK = "<!-- python benchmarks/cafe_study.py writes what follows -->"
 
 
@@ -79,9 +80,7 @@ def _measured(arm: str, seed: int, options: Options) -> dict[str, Any]:
         retrieval = json.loads(_program("evaluate", "retrieval", workdir, "--json", *rows))
         captions = json.loads(_program("evaluate", "completion", workdir, "--json", "--max-new-tokens", "16", *rows))
         if arm == "both" and seed == options.seeds[0]:
-            _program(
-                "evaluate", "retrieval", workdir, *rows, "--sheet", str(options.results.with_name("cafe_sheet.png"))
-            )
+            _program("evaluate", "retrieval", workdir, *rows, "--sheet", SHEET)
         last = json.loads(Path(workdir, "metrics.jsonl").read_text().splitlines()[-1])
     found = retrieval["after"]
     ways = ("image_to_text", "text_to_image")
@@ -104,7 +103,7 @@ def _program(*arguments: str) -> str:
 
 
 def _write(page: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """The tables into the page, and the retrieval sheet beside it."""
+    """The table into the page, and the picture beside it."""
     columns = {
         "recall@1, picture to caption": lambda r: r["recall"]["image_to_text"]["1"],
         "recall@5": lambda r: r["recall"]["image_to_text"]["5"],
@@ -129,10 +128,25 @@ def _write(page: Path, rows: Sequence[dict[str, Any]]) -> None:
             lines.append(f"| {arm} | {len(of_arm)} | " + " | ".join(cells) + " |")
     text = page.read_text() if page.is_file() else ""
     head = text.split(MARK)[0].rstrip()
+    picture = page.with_name("cafe_study.png")
+    _draw(picture, rows)
+    lines += ["", f"![recall among the held-out captions over nats a token, each run]({picture.name})"]
     page.write_text(f"{head}\n\n{MARK}\n\n" + "\n".join(lines) + "\n")
-    sheet = Path("benchmarks/results/cafe_sheet.png")
-    if sheet.is_file():
-        shutil.move(sheet, page.with_name("cafe_retrieval.png"))
+
+
+def _draw(picture: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Each run as a point: what it forgot of language to the right, what it finds upwards."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for arm in ("before", *ARMS):
+        points = [(row["nll"], row["recall"]["image_to_text"]["10"]) for row in rows if row["arm"] == arm]
+        if points:
+            axes.scatter(*zip(*points, strict=True), label=arm)
+    axes.set(xlabel="nats a token of held-out captions", ylabel="recall@10, picture to caption", ylim=(0, None))
+    axes.legend(frameon=False)
+    figure.savefig(picture, dpi=120)
 
 
 def _cell(values: Sequence[float]) -> str:
