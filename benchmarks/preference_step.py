@@ -195,7 +195,7 @@ def table(o: Options, results: dict[str, list[dict[str, Any]]]) -> str:
         "",
         f"`python benchmarks/preference_step.py`, {date.today()}, {processes.cpu()}, {o.threads} threads, float32, LoRA of rank "
         f"{o.rank} on every linear map, {o.pairs} real pairs of {tokens} tokens together, our remat {o.remat}, medians of "
-        f"{o.rounds} processes of {o.steps} steps. The reference's numbers are made up where it is at hand for us: they take no time.",
+        f"{o.rounds} processes of {o.steps} steps. Where the reference is at hand for us, its numbers are made up.",
         "",
         "| step | library | loss of the first | tokens/s | ratio | MiB over imports | ratio |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
