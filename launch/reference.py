@@ -43,9 +43,10 @@ def kept(
     path: str,
     of_rows: Sequence[Any],
     *,
+    known: _Known,
+    made_by: Mapping[str, str],
     module: Any,
     params: Tree,
-    tokenizer: Any,
     mesh: Any,
     batch_size: int,
     say: Callable[[str], None] = lambda text: None,
@@ -54,14 +55,14 @@ def kept(
 
     Args:
         of_rows: what `data.build` returned for the views of `Preference`; None stays None.
+        known: what `read` found in the file; new pairs are added to it.
+        made_by: the `fingerprint` of module, parameters and tokenizer.
         module, params: the reference; scored in the module's dtype.
         batch_size: pairs scored at once, over all devices.
 
     Raises:
-        ValueError: the file is none of these, or was made by another model, precision, tokenizer or template.
+        ValueError: a log-probability that is not finite.
     """
-    made_by = fingerprint(module, params, tokenizer)
-    known = read(path, made_by)
     file = _File(path, made_by, known)
     score = jax.jit(functools.partial(_score, module), out_shardings=sharding.replicated(mesh))
     start, before, wanted = time.monotonic(), len(known), set[bytes]()
@@ -122,7 +123,7 @@ def read(path: str, made_by: Mapping[str, str] | None = None) -> _Known:
     """Key of a pair -> (chosen, rejected); empty where there is no file.
 
     Raises:
-        ValueError: no such file, or one of another maker; says what differs.
+        ValueError: a file of something else, or of another maker; says what differs.
     """
     file = epath.Path(path)
     if not file.exists():

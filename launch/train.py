@@ -65,7 +65,8 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
         _, base = load_model(run, mesh)
         if cache := getattr(run.objective, "cache", None):
             start = preference.start_of(assembly.module, base)
-            reference.read(cache, reference.fingerprint(*start, tokenizer))  # another's file is refused here
+            made_by = reference.fingerprint(*start, tokenizer)
+            known = reference.read(cache, made_by)  # another's file is refused here
 
     # What could be wrong with config, model or data has been said by now: the folder becomes this run's.
     with distributed.together(f"making {workdir}"):
@@ -76,7 +77,7 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
 
     if cache:
         size = run.evaluation_batch_size or run.batch_size
-        told: Any = dict(tokenizer=tokenizer, mesh=mesh, batch_size=size, say=say)
+        told: Any = dict(known=known, made_by=made_by, mesh=mesh, batch_size=size, say=say)
         rows, held_out = reference.kept(cache, (rows, held_out), module=start[0], params=start[1], **told)
         stream = _training_batches(assembly, rows)
         del start

@@ -11,6 +11,7 @@ from jaxmethods.losses.preference import (
     ipo_loss,
     kto_kl,
     kto_loss,
+    mean_logps,
     orpo_loss,
     preference_margin,
     robust_dpo_loss,
@@ -20,6 +21,6 @@ from jaxmethods.losses.preference import (
 __all__ = [
     "info_nce", "sigmoid_loss", "gather_without_gradient", "cached_info_nce", "in_chunks",
     "PairLogps", "preference_margin", "dpo_loss", "robust_dpo_loss", "ipo_loss", "hinge_loss", "simpo_loss", "cpo_loss",
-    "orpo_loss", "kto_loss", "kto_kl",
+    "orpo_loss", "kto_loss", "kto_kl", "mean_logps",
     "token_logprobs", "token_statistics", "TokenStatistics",
 ]  # fmt: skip

@@ -84,7 +84,7 @@ def ipo_loss(
     """
     _check_beta(beta)
     if lengths is not None:
-        policy, reference = _means(policy, lengths), _means(reference, lengths)
+        policy, reference = mean_logps(policy, lengths), mean_logps(reference, lengths)
     return (preference_margin(policy, reference) - 1 / (2 * beta)) ** 2
 
 
@@ -104,7 +104,7 @@ def simpo_loss(
         gamma: the margin that is asked for, in the scale of beta times means.
     """
     _check_beta(beta)
-    means = _means(policy, lengths)
+    means = mean_logps(policy, lengths)
     return jax.nn.softplus(gamma - beta * (means.chosen - means.rejected))
 
 
@@ -124,7 +124,7 @@ def orpo_loss(policy: PairLogps, lengths: PairLogps, *, beta: float = 0.1) -> Fl
     answer. A mean above -1.2e-7 counts as that, so that odds stay finite.
     """
     _check_beta(beta)
-    chosen, rejected = (jnp.minimum(mean, MOST_LOGP) for mean in _means(policy, lengths))
+    chosen, rejected = (jnp.minimum(mean, MOST_LOGP) for mean in mean_logps(policy, lengths))
     log_odds = lambda mean: mean - _log1mexp(mean)
     return beta * jax.nn.softplus(log_odds(rejected) - log_odds(chosen))
 
@@ -155,8 +155,8 @@ def kto_kl(logps: Num[Array | np.ndarray, "answers"], reference: Num[Array | np.
     return jax.lax.stop_gradient(jnp.maximum((_float(logps) - _float(reference)).mean(), 0.0))
 
 
-def _means(sums: PairLogps, lengths: PairLogps) -> PairLogps:
-    """Means over tokens; an answer without any has 0."""
+def mean_logps(sums: PairLogps, lengths: PairLogps) -> PairLogps:
+    """Log-probabilities as means over tokens, [B] each; an answer without any has 0."""
     return PairLogps(*(_float(x) / jnp.maximum(_float(n), 1.0) for x, n in zip(sums, lengths, strict=True)))
 
 

@@ -138,7 +138,7 @@ class Preference:
             gamma = {} if self.gamma is None else {"gamma": self.gamma}
             return losses.simpo_loss(policy, lengths, beta=self.beta, **gamma)
         if self.per_token:
-            policy, reference = (_means(x, lengths) for x in (policy, reference))
+            policy, reference = (losses.mean_logps(x, lengths) for x in (policy, reference))
         if self.loss == "hinge":
             return losses.hinge_loss(policy, reference, beta=self.beta)
         if self.loss == "ipo":
@@ -181,7 +181,7 @@ class Preference:
             elif self.loss == "cpo":
                 gain = policy
             else:
-                gain = _means(policy, lengths)
+                gain = losses.mean_logps(policy, lengths)
             metrics = {"loss": loss} | {
                 name: Mean.of(x, real)
                 for name, x in {
@@ -233,10 +233,6 @@ def together(chosen: Mapping[str, Any], rejected: Mapping[str, Any]) -> dict[str
             sides = [jnp.pad(s, [(0, 0), (0, most - s.shape[1]), *[(0, 0)] * (s.ndim - 2)]) for s in sides]
         both[name] = jnp.stack(sides, axis=1).reshape(-1, *sides[0].shape[1:])
     return both
-
-
-def _means(sums: PairLogps, lengths: PairLogps) -> PairLogps:
-    return PairLogps(sums.chosen / lengths.chosen, sums.rejected / lengths.rejected)
 
 
 def _some_weight(weights: Any) -> Any:

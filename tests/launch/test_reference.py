@@ -35,12 +35,14 @@ def laid_out(model, rows, **settings):
     )[0]
 
 
-def kept(model, path, *of_rows, params=None, mesh=None, **options):
+def kept(model, path, *of_rows, params=None, mesh=None, other=None, **options):
     module, own, tokenizer = model
     said = []
-    told = dict(module=module, params=own if params is None else params, tokenizer=tokenizer, batch_size=4)
+    told = dict(module=module, params=own if params is None else params, batch_size=4) | options
+    made_by = reference.fingerprint(told["module"], told["params"], tokenizer if other is None else other)
+    told |= dict(made_by=made_by, known=reference.read(str(path), made_by))
     mesh = mesh or sharding.make_mesh({"data": 1}, jax.devices()[:1])
-    found = reference.kept(str(path), of_rows, say=said.append, mesh=mesh, **(told | options))
+    found = reference.kept(str(path), of_rows, say=said.append, mesh=mesh, **told)
     return found, said[0]
 
 
@@ -125,9 +127,9 @@ def test_another_makers_numbers_are_refused_by_name(model, tmp_path):
     for options, what in (
         (dict(params=one_weight), "another model;"),
         (dict(module=module.clone(dtype=jnp.bfloat16)), "another precision;"),
-        (dict(tokenizer=other), "another template;"),
-        (dict(tokenizer=chatml_tokenizer("<|picture|>", "<|more|>")), "another tokenizer;"),
-        (dict(tokenizer=other, params=one_weight), "another model and another template;"),
+        (dict(other=other), "another template;"),
+        (dict(other=chatml_tokenizer("<|picture|>", "<|more|>")), "another tokenizer;"),
+        (dict(other=other, params=one_weight), "another model and another template;"),
     ):
         with pytest.raises(ValueError, match=f"file.parquet was made with {what} give objective.cache another file"):
             kept(model, path, rows, **options)
