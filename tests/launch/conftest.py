@@ -73,6 +73,22 @@ def shop(tmp_path_factory):
     return folder
 
 
+def first_device(*_):
+    return jax.local_devices()[:1]
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """A step for eight devices takes three times as long to compile; `plan` and the objectives' own tests have them."""
+    monkeypatch.setattr(jax, "devices", first_device)
+
+
+def numbers(workdir):
+    """What a run computed, without what it took."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in row.items() if name not in ("tokens_per_second", "step_seconds")} for row in rows]
+
+
 @pytest.fixture(scope="session")
 def command():
     """Runs `jaxmethods ...` as a process: command("train", "recipe.py") -> CompletedProcess; or starts it."""

@@ -19,7 +19,7 @@ from jaxmethods.launch.assembly import assemble, model_shapes
 from jaxmethods.launch.opening import open_model
 from jaxmethods.objectives import CAFe
 from tests import tiny
-from tests.launch.conftest import chatml_tokenizer, write_shop
+from tests.launch.conftest import chatml_tokenizer, first_device, numbers, write_shop
 
 RECIPE = """
 from jaxmethods.adapters import LoRA
@@ -82,21 +82,11 @@ def room(tmp_path_factory):
     return folder
 
 
-def one(*_):
-    return jax.local_devices()[:1]
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """A step for eight devices takes three times as long to compile; `plan` here and the objective's own tests have them."""
-    monkeypatch.setattr(jax, "devices", one)
-
-
 @pytest.fixture(scope="module")
 def run(room):
     """The recipe, trained with both losses."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", one)
+        patch.setattr(jax, "devices", first_device)
         cli.main(["train", str(room / "recipe.py")])
     jax.config.update("jax_compilation_cache_dir", None)
     return room / "run"
@@ -104,12 +94,6 @@ def run(room):
 
 def rows_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def numbers(workdir):
-    """What a run computed, without what it took."""
-    timed = ("tokens_per_second", "step_seconds")
-    return [{name: x for name, x in row.items() if name not in timed} for row in rows_of(workdir)]
 
 
 def test_both_losses_are_trained_and_recorded(run, room):

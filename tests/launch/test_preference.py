@@ -17,7 +17,7 @@ from jaxmethods.launch.opening import open_model
 from jaxmethods.objectives import CREAM, MMedPO, Preference
 from jaxmethods.sharding import make_mesh
 from tests import tiny
-from tests.launch.conftest import chatml_tokenizer, write_shop
+from tests.launch.conftest import chatml_tokenizer, first_device, numbers, write_shop
 
 RECIPE = """
 from jaxmethods.adapters import LoRA
@@ -58,24 +58,13 @@ def room(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
-
-
 @pytest.fixture(scope="module")
 def run(room):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+        patch.setattr(jax, "devices", first_device)
         cli.main(["train", str(room / "recipe.py")])
     jax.config.update("jax_compilation_cache_dir", None)
     return room / "run"
-
-
-def numbers(workdir):
-    timed = ("tokens_per_second", "step_seconds")
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: x for name, x in row.items() if name not in timed} for row in rows]
 
 
 def test_it_learns_what_is_preferred_and_says_so(run):

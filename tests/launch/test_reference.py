@@ -15,8 +15,8 @@ from jaxmethods.models import functional
 from jaxmethods.objectives import Preference
 from tests import tiny
 from tests.data.test_pictures import BLUE, RED, flat, write
-from tests.launch.conftest import chatml_tokenizer
-from tests.launch.test_preference import numbers, one_device, room, run  # noqa: F401  # fixtures
+from tests.launch.conftest import chatml_tokenizer, numbers
+from tests.launch.test_preference import room, run  # noqa: F401  # fixtures
 
 ROWS = [{"prompt": f"cats on mat {i}?", "chosen": f"{i} cats", "rejected": "dogs"} for i in range(7)]
 VIEWS = Preference().views()
