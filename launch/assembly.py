@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -116,7 +117,23 @@ def load_model(run: Run, mesh: Mesh | None = None) -> tuple[Any, Tree]:
     module, params = models.load(run.model, dtype=jnp.dtype(run.param_dtype), mesh=mesh, quantize=run.quantize)
     if run.vision is None:
         return module, params
-    return models.with_eyes(module, params, run.vision.tower, key=jax.random.key(run.seed), mesh=mesh, **_eyes(run))
+    told = _eyes(run) | {"pictures": _pictures(run.vision.whiten) if run.vision.whiten else ()}
+    return models.with_eyes(module, params, run.vision.tower, key=jax.random.key(run.seed), mesh=mesh, **told)
+
+
+def _pictures(path: str, most: int = 256) -> list[Any]:
+    """Pictures of rows from all over a file.
+
+    Raises:
+        ValueError: none of these rows has one.
+    """
+    records = data.open_records(path)
+    rows = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, most).astype(int)).tolist()]
+    shown = [data.located(row.get("images"), path) for row in rows]
+    found = [one for given in shown if given is not None for one in (given if isinstance(given, list) else [given])]
+    if not found:
+        raise ValueError(f"vision.whiten={path!r}: none of {len(rows)} rows has a field 'images'.")
+    return found
 
 
 def _eyes(run: Run) -> dict[str, Any]:
@@ -134,10 +151,11 @@ def assemble(run: Run, module: Any, base: Tree, mesh: Mesh) -> Assembly:
         ValueError: a regex that matches nothing or a quantised kernel, or sizes that the mesh does not divide.
     """
     least = getattr(run.objective, "least_rows", 1)
-    for name in ("batch_size", "evaluation_batch_size"):
-        if (rows := getattr(run, name)) is not None and rows < least:
+    for name, parts in (("batch_size", run.accumulate), ("evaluation_batch_size", 1)):
+        if (rows := getattr(run, name)) is not None and rows // parts < least:
             raise ValueError(
-                f"{name}={rows} holds no second pair, whose target would be the first query's negative; take {least} or more."
+                f"{name}={rows} {f'in {parts} parts ' if parts > 1 else ''}leaves a row alone, and this objective compares rows of "
+                f"a batch with each other; take {least * parts} or more."
             )
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if run.batch_size % (ways * run.accumulate):

@@ -61,6 +61,13 @@ def open_model(path: str, *, best: bool = False) -> Opened:
     if restored is None:
         raise ValueError(f"{path} holds no checkpoint yet; train first.")
     state, fixed = restored
-    _, base = load_model(run)
+    _, base = load_model(_as_left(run, state.trained))
     flat = tree.flatten(base) | tree.flatten(fixed) | tree.flatten(state.trained)
     return Opened(assembly.module, tree.unflatten(flat), models.load_tokenizer(run.model), run, int(state.step))
+
+
+def _as_left(run: run_config.Run, trained: tree.Tree) -> run_config.Run:
+    """The run without what only a start needs: a projector that was trained is not whitened once more."""
+    if run.vision is None or "projector" not in trained:
+        return run
+    return dataclasses.replace(run, vision=dataclasses.replace(run.vision, whiten=None))

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,14 @@ def single_questions(rows: Iterable[Row]) -> list[Row]:
     return out
 
 
-def short_dialogues(rows: Iterable[Row], seed: int = 0, yes_no: int = 3) -> list[Row]:
+def short_dialogues(rows: Iterable[Row], seed: int = 0, yes_no: int = 2) -> list[Row]:
     """Rows {"images", "messages"}: of each picture some questions of yes or no, each alone; its colour and its shape in one row.
 
     Asked all in one dialogue, the questions tell the answers of others ("what is the blue shape?"), and a model learns to read the
     dialogue and not the picture. These do not: each answer can only be seen. Colours and shapes that are asked for in words that
-    tell the other are left out; which questions of a kind are taken is decided by a hash of the picture and the seed.
+    tell the other are left out. Of the questions of yes or no, as many ask for something that is there as for something that is
+    not, over all pictures: easy-VQA asks four times as often for what is not there, so that the words alone would tell the answer.
+    Which questions of a kind are taken, and in what order, is decided by a hash of the picture and the seed.
 
     Args:
         yes_no: how many questions of yes or no, at most.
@@ -78,10 +80,9 @@ def short_dialogues(rows: Iterable[Row], seed: int = 0, yes_no: int = 3) -> list
         pairs = list(zip(asked, (m["content"] for m in row["messages"][1::2]), strict=True))
         picture = os.path.basename(row["images"])
         order = lambda pair, picture=picture: _digest(f"{seed} {picture} {pair[0]}")
-        plain = sorted((pair for pair in pairs if pair[1] in ("yes", "no")), key=order)
         colour = sorted((pair for pair in pairs if pair[1] in COLOURS and not SHAPES & set(_words(pair[0]))), key=order)
         shape = sorted((pair for pair in pairs if pair[1] in SHAPES and not COLOURS & set(_words(pair[0]))), key=order)
-        for turns in (*([pair] for pair in plain[:yes_no]), colour[:1] + shape[:1]):
+        for turns in (*([pair] for pair in _balanced(pairs, yes_no, order)), sorted(colour[:1] + shape[:1], key=order)):
             messages: list[Row] = []
             for question, answer in turns:
                 said = question if messages else f"{MARKER}\n{question}"
@@ -89,6 +90,18 @@ def short_dialogues(rows: Iterable[Row], seed: int = 0, yes_no: int = 3) -> list
             if messages:
                 out.append({"images": row["images"], "messages": messages})
     return out
+
+
+def _balanced(
+    pairs: Sequence[tuple[str, str]], count: int, order: Callable[[tuple[str, str]], bytes]
+) -> list[tuple[str, str]]:
+    """Up to so many questions of yes or no, as many of what is there as of what is not."""
+    kinds: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
+    for pair in sorted((pair for pair in pairs if pair[1] in ("yes", "no")), key=order):
+        denied = bool({"no", "not"} & set(_words(pair[0])))
+        kinds[(pair[1] == "yes") != denied].append(pair)
+    each = min(count // 2, *map(len, kinds.values()))
+    return kinds[True][:each] + kinds[False][:each]
 
 
 def _digest(text: str) -> bytes:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from jaxmethods import tree
-from jaxmethods.images import ImageFormat
+from jaxmethods.images import ImageFormat, open_picture, prepare
 from jaxmethods.models import architectures, efficientnet, files, huggingface
 from jaxmethods.models.decoder import Decoder, DecoderConfig
 from jaxmethods.models.dual import DualConfig
-from jaxmethods.models.vision import VisionConfig
+from jaxmethods.models.efficientnet import EfficientNet
+from jaxmethods.models.vision import VisionConfig, VisionTower
 from jaxmethods.models.vlm import VLM, Sight, VLMConfig
 from jaxmethods.sharding import shardings_for
 from jaxmethods.tree import Tree
@@ -63,16 +66,20 @@ def with_eyes(
     image_token_id: int,
     key: Key[Array, ""],
     pool: int | None = None,
+    pictures: Sequence[Any] = (),
     mesh: Mesh | None = None,
 ) -> tuple[VLM, Tree]:
     """A decoder with its parameters as a `VLM` with the tower's weights and a projector drawn from `key`.
 
     Args:
+        pictures: some of those to learn from, a few hundred (what `images.open_picture` opens). The projector's first layer then
+            starts with the whitening of their features before it: what tells pictures apart is mostly a small part of a tower's
+            features, and an optimiser is slow to find it.
         mesh: places what is new, as `models.load` does.
         The others as `vlm_config`.
 
     Raises:
-        ValueError: a module with eyes or adapters.
+        ValueError: a module with eyes or adapters; pictures whose features are all equal.
         ValueError, FileNotFoundError, ConnectionError: as `vlm_config` and `models.load`.
     """
     _require_plain(module)
@@ -83,6 +90,9 @@ def with_eyes(
     placed = None if placed is None else placed["vision_tower"]
     seen = huggingface.read_params(files.resolve(tower), config.sight.tower, dtype=dtype, shardings=placed)
     projector = _draw_projector(config, dtype, key)
+    if pictures:
+        told = _features(config, seen, pictures)
+        projector["projector"]["linear_1"] = _whitened(projector["projector"]["linear_1"], told)
     if mesh is not None:
         projector = jax.device_put(projector, shardings_for(projector, mesh, architectures.RULES))
     return _seeing(module, config), params | {"vision_tower": seen} | projector
@@ -110,6 +120,39 @@ def _require_plain(module: Any) -> None:
         raise ValueError(
             f"{type(module).__name__} cannot be given eyes: it must be a Decoder, without eyes and before adapters are attached."
         )
+
+
+_DAMPING = 0.02
+"""Of the largest variance, added to all: directions of less are left smaller than one."""
+
+
+def _features(config: VLMConfig, tower: Tree, pictures: Sequence[Any], rows: int = 32) -> np.ndarray:
+    """The tower's features of pictures, [features, width]; float32 and one device, so that a mesh changes nothing."""
+    kind: Any = VisionTower if isinstance(config.sight.tower, VisionConfig) else EfficientNet
+    params = jax.device_get(tower)
+    apply = jax.jit(lambda params, x: kind(config.sight.tower).apply({"params": params}, x).features)
+    crops = [
+        prepare(open_picture(picture, "a picture to whiten by"), config.sight.format).crops for picture in pictures
+    ]
+    pixels = np.concatenate(crops)
+    pixels = np.concatenate([pixels, np.zeros_like(pixels, shape=(-len(pixels) % rows, *pixels.shape[1:]))])
+    made = [np.asarray(apply(params, pixels[i : i + rows]), np.float64) for i in range(0, len(pixels), rows)]
+    return np.concatenate(made)[: sum(map(len, crops))].reshape(-1, made[0].shape[-1])
+
+
+def _whitened(layer: Tree, features: np.ndarray) -> Tree:
+    """A drawn linear layer behind the whitening x -> (C + d 1)^(-1/2) (x - mean), its outputs of unit variance over all."""
+    mean = features.mean(axis=0)
+    variance, axes = np.linalg.eigh(np.cov(features, rowvar=False, bias=True))
+    if not variance[-1] > 0:
+        raise ValueError(f"the features of {len(features)} places are all equal; give pictures that differ.")
+    inverse_root = (axes / np.sqrt(variance.clip(0) + _DAMPING * variance[-1])) @ axes.T
+    kernel = inverse_root @ np.asarray(layer["kernel"], np.float64)
+    kernel /= ((features - mean) @ kernel).std()
+    dtype = layer["kernel"].dtype
+    return {"kernel": jnp.asarray(kernel, dtype)} | (
+        {"bias": jnp.asarray(-mean @ kernel, dtype)} if "bias" in layer else {}
+    )
 
 
 def _draw_projector(config: VLMConfig, dtype: Any, key: Key[Array, ""]) -> Tree:

@@ -85,26 +85,32 @@ def test_questions_of_a_picture_one_by_one():
 
 
 def test_short_dialogues_by_hand():
-    """Questions of yes or no by themselves, as many as asked for; the colour and then the shape, in words that tell neither."""
-    plain = [("is there a circle?", "no"), ("is it blue?", "yes"), ("is there no square?", "yes")]
+    """Single questions of yes or no, as many of what is there as of what is not; colour and shape in words that tell neither."""
+    there = [("is it blue?", "yes"), ("is there no triangle?", "no"), ("is there a triangle?", "yes")]
+    absent = [("is there a circle?", "no"), ("is it not red?", "yes")]
     turns = [
-        *plain, ("what color is the triangle?", "blue"), ("what is the blue shape?", "triangle"),
+        *there, *absent, ("what color is the triangle?", "blue"), ("what is the blue shape?", "triangle"),
         ("what color is it?", "blue"), ("which shape is there?", "triangle"),
     ]  # fmt: skip
     row = {"images": "a/0.png", "messages": []}
     for number, (question, answer) in enumerate(turns):
         asked = question if number else f"<image>\n{question}"
         row["messages"] += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-    colour_and_shape = ["<image>\nwhat color is it?", "blue", "which shape is there?", "triangle"]
-    for most, of_them in ((2, 2), (3, 3), (9, 3)):
+    marked = lambda pairs: {(f"<image>\n{question}", answer) for question, answer in pairs}
+    for most, each in ((0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (9, 2)):  # two ask for what is not there
         dialogues = vqa.short_dialogues([row], yes_no=most)
         made = [[message["content"] for message in dialogue["messages"]] for dialogue in dialogues]
-        assert len(made) == of_them + 1 and made[-1] == colour_and_shape
         asked = {tuple(turn) for turn in made[:-1]}
-        assert len(asked) == of_them and asked <= {(f"<image>\n{question}", answer) for question, answer in plain}
-        assert [dialogue["images"] for dialogue in dialogues] == ["a/0.png"] * (of_them + 1)
-    first = [vqa.short_dialogues([row], seed, yes_no=1)[0]["messages"][0]["content"] for seed in range(8)]
-    assert len(set(first)) > 1
+        assert len(made) == 2 * each + 1 and len(asked & marked(there)) == len(asked & marked(absent)) == each
+        assert sorted(made[-1][1::2]) == ["blue", "triangle"] and made[-1][0].startswith("<image>\n")
+        assert {text.removeprefix("<image>\n") for text in made[-1][::2]} == {
+            "what color is it?",
+            "which shape is there?",
+        }
+        assert [dialogue["images"] for dialogue in dialogues] == ["a/0.png"] * (2 * each + 1)
+    of_seeds = [vqa.short_dialogues([row], seed) for seed in range(8)]
+    assert len({made[0]["messages"][0]["content"] for made in of_seeds}) > 1
+    assert len({made[-1]["messages"][0]["content"] for made in of_seeds}) == 2  # now the colour first, now the shape
 
 
 def test_easy_vqa_of_its_package(tmp_path, folder, capsys):
@@ -134,7 +140,12 @@ def test_easy_vqa_of_its_package(tmp_path, folder, capsys):
     dialogues = vqa.short_dialogues(of_split["train"])
     assert lines == {"questions.jsonl": len(dialogues), "questions_heldout.jsonl": 9_673}
     assert f"questions.jsonl: {len(dialogues):,} rows" in capsys.readouterr().out
-    assert {row["images"] for row in dialogues} == {row["images"] for row in of_split["train"]}
+    shown = {row["images"] for row in dialogues}
+    assert shown < {row["images"] for row in of_split["train"]} and len(shown) > 3_800
+    denied = lambda text: bool({"no", "not"} & set(text.lower().replace("?", "").split()))
+    there = [(row["messages"][1]["content"] == "yes") != denied(row["messages"][0]["content"]) for row in dialogues
+             if row["messages"][1]["content"] in ("yes", "no")]  # fmt: skip
+    assert len(there) > 5_000 and sum(there) * 2 == len(there)
     for row in dialogues:  # no question tells what another one asks for
         asked, said = ([message["content"] for message in row["messages"][i::2]] for i in (0, 1))
         assert [text.count("<image>") for text in asked] == [1, 0][: len(asked)]

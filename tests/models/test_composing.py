@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 from PIL import Image
 
 from jaxmethods import adapters, models, sharding, tree
 from jaxmethods.images import prepare
-from jaxmethods.models import architectures, efficientnet
+from jaxmethods.models import architectures, composing, efficientnet
 from jaxmethods.models.text_encoder import TextEncoderConfig
 from jaxmethods.models.vision import MEAN_AND_STD
 from tests import tiny
@@ -97,6 +98,39 @@ def test_a_decoder_with_the_eyes_of_a_folder(tmp_path, family):
     np.testing.assert_array_equal(models.logits(loaded, read, tokens, images=pixels), wanted)
     assert loaded.sight.format == module.sight.format
     assert tree.flatten(read).keys() == flat.keys()
+
+
+def test_pictures_whiten_the_first_layer(tmp_path):
+    """Behind it, (C + d)^(1/2) of the features gives the drawn layer back; by scipy, from features of the tower alone."""
+    config, weights = tower(tmp_path / "tower", "clip")
+    decoder, base = tiny.decoder(**WIDE)
+    rng = np.random.default_rng(5)
+    shown = [Image.fromarray(rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)) for _ in range(40)]
+    eyes = dict(image_token_id=TOKEN, key=jax.random.key(3))
+    module, drawn = models.with_eyes(decoder, base, tmp_path / "tower", **eyes)
+    _, params = models.with_eyes(decoder, base, tmp_path / "tower", pictures=shown, **eyes)
+    for path, x in tree.flatten(params).items():
+        assert np.array_equal(x, tree.flatten(drawn)[path]) != ("linear_1" in path), path
+
+    seen = models.VisionTower(module.sight.tower)
+    pixels = np.concatenate([prepare(picture, module.sight.format).crops for picture in shown])
+    features = np.asarray(seen.apply({"params": params["vision_tower"]}, pixels).features, np.float64).reshape(-1, 16)
+    layer = {name: np.asarray(x, np.float64) for name, x in params["projector"]["linear_1"].items()}
+    covariance = np.cov(features.T, bias=True)
+    damped = covariance + 0.02 * np.linalg.eigvalsh(covariance)[-1] * np.eye(16)
+    back = scipy.linalg.sqrtm(damped) @ layer["kernel"]
+    scale = back / np.asarray(drawn["projector"]["linear_1"]["kernel"])
+    np.testing.assert_allclose(scale, scale.mean(), rtol=1e-3)
+    out = features @ layer["kernel"] + layer["bias"]
+    np.testing.assert_allclose(out.mean(0), 0, atol=1e-5)
+    assert out.std() == pytest.approx(1, rel=1e-5)
+
+    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    on_mesh = models.with_eyes(decoder, base, tmp_path / "tower", pictures=shown, mesh=mesh, **eyes)[1]
+    for path, x in tree.flatten(params).items():
+        np.testing.assert_array_equal(x, tree.flatten(on_mesh)[path], err_msg=path)
+    with pytest.raises(ValueError, match="features of 12 places are all equal; give pictures that differ"):
+        composing._whitened(drawn["projector"]["linear_1"], np.ones((12, 16)))
 
 
 def test_settings_of_the_decoder_stay(tmp_path):
