@@ -71,20 +71,26 @@ class Number:
 
     field: of the row.
     least: the smallest that makes sense.
+    boolean: it is true or false in the row, and 1 or 0 in the batch.
     of_all: from those of all rows of a source to what stands in the batch.
     """
 
     field: str
     least: float = -math.inf
+    boolean: bool = False
     of_all: Callable[[np.ndarray], np.ndarray] = lambda values: values
 
     def read(self, row: Record, place: Place | str) -> float:
         """The number of a row.
 
         Raises:
-            ValueError: it has none, or one that is not finite or too small.
+            ValueError: it has none, or one that is not finite, too small, or neither true nor false where it must be.
         """
         value = row.get(self.field)
+        if self.boolean:
+            if value in (True, False):  # 1 and 0 too
+                return float(value)
+            raise ValueError(f"{place}: field {self.field!r} must be true or false, not {value!r}.")
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if number and math.isfinite(value) and value >= self.least:  # type: ignore[arg-type, operator]  # a number by now
             return float(value)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from jaxmethods import adapters, losses, tree
 from jaxmethods.data.views import Conversation, Number, View, Views
 from jaxmethods.losses import PairLogps
-from jaxmethods.models.functional import target_logps
+from jaxmethods.models.functional import hidden_states, logits_of, target_logps
 from jaxmethods.models.vlm import pictures
 from jaxmethods.tree import Mean, Tree
 
@@ -69,6 +69,7 @@ class Preference:
             adapters serve the reference too, as in the released code of MMedPO and MMed-RAG (the projector).
         cache: a Parquet file for the log-probabilities by the start: each pair is scored once before the first step, or found
             there. None: they are computed in every step.
+        kl: evaluations report the exact `kl` too (`answer_kl`), which takes a product with the whole vocabulary for each place.
     """
 
     loss: str = "dpo"
@@ -80,6 +81,7 @@ class Preference:
     weight: str | None = None
     reference: str = "start"
     cache: str | None = None
+    kl: bool = False
 
     takes: ClassVar[tuple[str, ...]] = LOSSES
     """Which losses a method built on this one works with."""
@@ -98,9 +100,14 @@ class Preference:
             "gamma": (self.gamma is not None, ("simpo",)),
             "per_token": (self.per_token, ("dpo", "ipo")),
             "cache": (self.cache is not None, tuple(x for x in LOSSES if x not in WITHOUT_REFERENCE)),
+            "kl": (self.kl, tuple(x for x in LOSSES if x not in WITHOUT_REFERENCE)),
         }
         if self.cache is not None and self.reference == "drifting":
             raise ValueError("a reference that drifts cannot be kept; leave cache=None, or reference='start'.")
+        if self.cache is not None and self.kl:
+            raise ValueError(
+                "kl wants whole distributions of the reference, and a cache holds one number an answer; leave one."
+            )
         for name, (is_given, takes) in given.items():
             if is_given and self.loss not in takes:
                 raise ValueError(
@@ -155,7 +162,7 @@ class Preference:
         Metrics, means over pairs: `loss`; `rewards/chosen` and `rewards/rejected`, beta x (log p - reference's log p), or beta x
         log p (a token, where the loss is) without a reference; `rewards/margins`, `rewards/accuracies` (how often the chosen
         answer's is the larger); `logps/chosen`, `logps/rejected`; `nll`, nats of the chosen answer, a token of it; while training
-        `auxiliary_loss`.
+        `auxiliary_loss`; in evaluations `kl`, a mean over places of both answers.
         """
 
         def loss_fn(params: Tree, batch: Mapping[str, Any], key: Any) -> tuple[Mean, dict[str, Mean]]:
@@ -195,24 +202,56 @@ class Preference:
                 }.items()
             }
             if key is None:
-                return loss, metrics
+                return loss, metrics | ({"kl": answer_kl(module, params, both)} if self.kl else {})
             auxiliary = Mean(aux * loss.weight, loss.weight)
             return Mean(loss.total + auxiliary.total, loss.weight), metrics | {"auxiliary_loss": auxiliary}
 
         return loss_fn
 
 
-def pair_logps(module: Any, params: Tree, both: Mapping[str, Array], key: Any) -> tuple[PairLogps, Float[Array, ""]]:
+def pair_logps(module: Any, params: Tree, both: Mapping[str, Any], key: Any) -> tuple[PairLogps, Float[Array, ""]]:
     """(summed log-probabilities of the targets of chosen and rejected rows, the adapters' auxiliary loss).
 
     Args:
         both: [2 B, T] arrays of a batch, a chosen row and then its rejected one.
     """
+    logps, aux = answer_logps(module, params, both, key)
+    return PairLogps(*logps.reshape(-1, 2).T), aux
+
+
+def answer_logps(
+    module: Any, params: Tree, rows: Mapping[str, Any], key: Any
+) -> tuple[Float[Array, "rows"], Float[Array, ""]]:
+    """(summed log-probabilities of the targets of rows [B, T], the adapters' auxiliary loss)."""
     logps, aux = target_logps(
-        module, params, both["tokens"], both["target_mask"], both["segment_ids"] > 0, key=key,
-        segment_ids=both["segment_ids"], positions=both["positions"], **pictures(both),
+        module, params, rows["tokens"], rows["target_mask"], rows["segment_ids"] > 0, key=key,
+        segment_ids=rows["segment_ids"], positions=rows["positions"], **pictures(rows),
     )  # fmt: skip
-    return PairLogps(*logps.sum(axis=1).reshape(-1, 2).T), aux
+    return logps.sum(axis=1), aux
+
+
+def answer_kl(module: Any, params: Tree, rows: Mapping[str, Any], *, block: int = 16) -> Mean:
+    """Mean over targets of KL(policy || reference), in nats: exact, sum over the vocabulary of p (log p - log q).
+
+    Args:
+        rows: as `answer_logps`; policy and reference are `module` and its `start_of`, both without dropout.
+        block: places of each row whose logits are held at once.
+    """
+    told = {"segment_ids": rows["segment_ids"], "positions": rows["positions"], **pictures(rows)}
+    models = (module, params), start_of(module, params)
+    hidden = [hidden_states(*model, rows["tokens"], rows["segment_ids"] > 0, **told)[0] for model in models]
+    length = hidden[0].shape[1]
+    blocks = lambda x: jnp.moveaxis(
+        jnp.pad(x, [(0, 0), (0, -length % block), (0, 0)]).reshape(len(x), -1, block, x.shape[2]), 1, 0
+    )
+
+    def of(pair: Any) -> Array:
+        policy, reference = (jax.nn.log_softmax(logits_of(*m, x)) for m, x in zip(models, pair, strict=True))
+        return (jnp.exp(policy) * (policy - reference)).sum(axis=-1)
+
+    each = jnp.moveaxis(jax.lax.map(of, tuple(blocks(x) for x in hidden)), 0, 1).reshape(len(hidden[0]), -1)[:, :length]
+    wanted = jnp.roll(jnp.asarray(rows["target_mask"]), -1, axis=1).at[:, -1].set(False)
+    return Mean.of(each, wanted)
 
 
 def start_of(module: Any, params: Tree) -> tuple[Any, Tree]:

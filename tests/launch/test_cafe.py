@@ -144,8 +144,8 @@ def test_the_contrastive_arm_alone(run, room, here, one_device, tmp_path):
 def test_batches_that_cannot_be_are_refused_before_anything_is_written(room, refused, tmp_path):
     train = lambda *options: refused("train", room / "recipe.py", "--workdir", tmp_path / "none", *options)
     assert "accumulate=2 would cut the batch" in train("--batch-size", "16", "--accumulate", "2")
-    assert "batch_size=1 holds no second pair" in train("--batch-size", "1")
-    assert "evaluation_batch_size=1 holds no second pair" in train("--evaluation-batch-size", "1")
+    assert "batch_size=1 leaves a row alone" in train("--batch-size", "1")
+    assert "evaluation_batch_size=1 leaves a row alone" in train("--evaluation-batch-size", "1")
     assert "cannot share one; set Data(pack=False)" in train("--data.pack", "True")
     assert not (tmp_path / "none").exists()
     # The language arm has no pairs: its batches can be cut, and be of one row.

@@ -178,6 +178,31 @@ def test_pictures_by_hand():
         assert found[f"logps/{side}"] == pytest.approx(by_hand, rel=1e-5)
 
 
+def test_exact_kl_by_hand():
+    """Whole distributions of both models in float64; blocks that do not divide the row; not while training."""
+    base, base_params, module, params = moved()
+    batch = pairs()
+    total = count = 0
+    for side in PAIR:
+        policy, start = (
+            log_softmax(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+            for x in (
+                np.asarray(models.logits(m, p, batch[f"{side}/tokens"], batch[f"{side}/segment_ids"] > 0), np.float64)
+                for m, p in ((module, params), (base, base_params))
+            )
+        )
+        each = (np.exp(policy) * (policy - start)).sum(-1)[:, :-1]
+        where = batch[f"{side}/target_mask"][:, 1:]
+        total, count = total + each[where].sum(), count + where.sum()
+    objective = Preference(kl=True)
+    found, metrics = value(objective, module, params, batch)
+    assert total / count > 1e-3 and metrics["kl"] == pytest.approx(total / count, rel=1e-4)
+    both = core.together(*(tree.unflatten({n: x for n, x in batch.items() if "/" in n})[side] for side in PAIR))
+    assert float(core.answer_kl(module, params, both, block=5).value()) == pytest.approx(total / count, rel=1e-4)
+    assert "kl" not in value(objective, module, params, batch, jax.random.key(0))[1]
+    assert value(objective, base, base_params, batch)[1]["kl"] == pytest.approx(0, abs=1e-6)
+
+
 def test_the_reference_stays_where_training_began():
     """Of trained leaves of the model the copies serve; without copies ("drifting") the leaves as they are now."""
     module, base = tiny.decoder(num_layers=2)
@@ -204,10 +229,15 @@ def test_the_reference_stays_where_training_began():
 def stepped(kind, adapter, sees=False, axes=()):
     """(trained leaves before, after two steps, metrics of each)."""
     objective = KINDS[kind]
-    module, params = (tiny.vlm if sees else tiny.decoder)(num_layers=2)
     batch = with_pictures(pairs(objective), *PAIR) if sees else pairs(objective)
     for side in PAIR:
         batch[f"{side}/target_mask"][:, 6] = True
+    return two_steps(objective, batch, adapter, sees, axes)
+
+
+def two_steps(objective, batch, adapter, sees=False, axes=()):
+    """(trained leaves before, after two steps, metrics of each) on a tiny model."""
+    module, params = (tiny.vlm if sees else tiny.decoder)(num_layers=2)
     if adapter != "full":
         module = adapters.attach(module, ADAPTERS[adapter])
         params = adapters.init(module, params, jax.random.key(2))
@@ -296,6 +326,12 @@ def test_both_answers_share_one_pass():
             "label_smoothing is for loss='dpo' and 'robust'; 'ipo' would not read it",
         ),
         (dict(gamma=1.0), "gamma is for loss='simpo'; 'dpo' would not read it"),
+        (
+            dict(loss="orpo", kl=True),
+            "kl is for loss='dpo' and 'robust' and 'ipo' and 'hinge'; 'orpo' would not read it",
+        ),
+        (dict(cache="x.parquet", kl=True), "kl wants whole distributions of the reference"),
+        (dict(cache="x.parquet", reference="drifting"), "a reference that drifts cannot be kept"),
         (dict(loss="cpo", per_token=True), "per_token is for loss='dpo' and 'ipo'"),
         (dict(nll_weight=-1.0), r"nll_weight=-1\.0 must not be negative"),
         (dict(reference="moving"), "reference='moving' is unknown"),
