@@ -1,4 +1,4 @@
-"""The command line: `jaxmethods train | generate | evaluate | embed | export | plan`.
+"""The command line: `jaxmethods train | cream | generate | evaluate | embed | curate | export | plan`.
 
 Exit status: 0; 1 for a run that failed; 2 and one line for a wrong config, file or flag.
 """
@@ -15,9 +15,11 @@ COMMANDS: dict[str, str] = {
     "train": "train CONFIG.py [--FIELD VALUE ...] [--distributed]: run a recipe; the same command again resumes",
     "plan": "plan CONFIG.py [--topology v5p:8x8x8|h100:8 [--search]] [--json] [--picture FILE.png] [--FIELD VALUE ...]: "
     "what the run is, before it runs",
+    "cream": "cream CONFIG.py [--FIELD VALUE ...]: self-rewarding rounds from M1 on; the same command again goes on",
     "generate": "generate DIR|MODEL --prompt TEXT: answer a prompt with a run's model or any other",
     "evaluate": "evaluate completion|retrieval DIR|MODEL: measure on held-out rows",
     "embed": "embed DIR|MODEL --data ROWS --to FILE.parquet: embed pictures and texts",
+    "curate": "curate mmedpo DIR|MODEL --data ROWS --to PAIRS.jsonl: preference pairs of rows with known answers",
     "export": "export DIR --to OUT [--format hf|peft|adapter]: write a run's model for others",
 }
 
@@ -72,15 +74,24 @@ def _command(name: str) -> Callable[[list[str]], None]:
     return {
         "train": _train,
         "plan": _plan,
+        "cream": _cream,
         "generate": _generate,
         "evaluate": _evaluate,
         "embed": _embed,
+        "curate": _curate,
         "export": _export,
     }[name]
 
 
-def _run_of(command: str, arguments: list[str], extra: Any = None) -> Any:
+def _run_of(command: str, arguments: list[str]) -> Any:
     """The Run of `CONFIG.py [overrides]`."""
+    from jaxmethods.launch.config import Run
+
+    return _config_of(command, arguments, Run, _take_short_names)
+
+
+def _config_of(command: str, arguments: list[str], kind: Any, take: Callable[..., Any] = lambda *given: given) -> Any:
+    """The config of `CONFIG.py [overrides]`; `take(arguments, config)` handles what are no fields first."""
     import tyro
 
     from jaxmethods.launch import config
@@ -93,10 +104,9 @@ def _run_of(command: str, arguments: list[str], extra: Any = None) -> Any:
             )
             sys.exit(0)
         raise ValueError(f"{command} needs a config: jaxmethods {command} CONFIG.py")
-    run = config.load_config(positional[0])
-    rest, run = _take_short_names(arguments[1:], run)
+    rest, run = take(arguments[1:], config.load_config(positional[0], kind))
     return tyro.cli(
-        tyro.conf.AvoidSubcommands[config.Run],
+        tyro.conf.AvoidSubcommands[kind],  # type: ignore[misc]
         prog=f"jaxmethods {command} {positional[0]}",
         default=run,
         args=rest,
@@ -154,6 +164,12 @@ def _train(arguments: list[str]) -> None:
     from jaxmethods.launch.train import train
 
     train(_run_of("train", arguments))
+
+
+def _cream(arguments: list[str]) -> None:
+    from jaxmethods.launch.cream import SelfRewarding, run_rounds
+
+    run_rounds(_config_of("cream", arguments, SelfRewarding))
 
 
 def _take_processes(arguments: list[str]) -> tuple[list[str], Any]:
@@ -221,6 +237,14 @@ def _embed(arguments: list[str]) -> None:
     from jaxmethods.launch.embed import Embed, embed
 
     embed(tyro.cli(Embed, prog="jaxmethods embed", args=arguments))
+
+
+def _curate(arguments: list[str]) -> None:
+    import tyro
+
+    from jaxmethods.launch.curate import Curate, curate
+
+    curate(tyro.cli(Curate, prog="jaxmethods curate", args=arguments))
 
 
 def _export(arguments: list[str]) -> None:

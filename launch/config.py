@@ -1,6 +1,7 @@
 """The config of a run: a frozen dataclass of plain values that round-trips through JSON.
 
-A recipe is a Python file that defines `config() -> Run`. The command line overrides its fields by name.
+A recipe is a Python file that defines `config() -> Run`. The command line overrides its fields by name. What is said here of a
+`Run` serves any other frozen dataclass of plain values, such as that of a loop of runs: it is passed as `kind`.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ import re
 import sys
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jaxmethods import tree
 from jaxmethods.adapters import S2FT, DoRA, LoRA, SMoRE
 from jaxmethods.data import Data
-from jaxmethods.objectives import CREAM, CAFe, MMedPO, Preference, Supervised
+from jaxmethods.objectives import CREAM, KTO, CAFe, MMedPO, Preference, Supervised
 from jaxmethods.training import Optimizer
 
 AnyAdapter = LoRA | DoRA | SMoRE | S2FT
-AnyObjective = Supervised | CAFe | Preference | MMedPO | CREAM
+AnyObjective = Supervised | CAFe | Preference | MMedPO | CREAM | KTO
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Vision:
     """Of a token that the tokenizer knows and texts do not use; stands once for each feature of a picture."""
     pool: int | None = None
     """For EfficientNet: average its 7 x 7 features to this many a side."""
+    whiten: str | None = None
+    """Rows with `images`: the projector starts behind the whitening of features of 256 of their pictures, and learns faster."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +115,14 @@ class Run:
     compilation_cache: str | None = "~/.cache/jaxmethods/compiled"
     """Where compiled programs are kept between runs."""
 
+    command: ClassVar[str] = "train"
+    """Which command takes it."""
+    free_on_resume: ClassVar[frozenset[str]] = frozenset(
+        {"workdir", "checkpoint_every", "keep_latest", "keep_best", "evaluate_every", "evaluation_batch_size", "tensorboard",
+         "profile", "compilation_cache", "unroll", "remat", "mesh"}
+    )  # fmt: skip
+    """Fields that may differ when it is resumed: they change what is recorded or where it is computed, not what."""
+
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "keep_latest", "unroll"):
             if getattr(self, name) < 1:
@@ -139,19 +150,13 @@ class Run:
 
 _DTYPES = ("float32", "bfloat16")
 
-FREE_ON_RESUME = frozenset(
-    {"workdir", "checkpoint_every", "keep_latest", "keep_best", "evaluate_every", "evaluation_batch_size", "tensorboard",
-     "profile", "compilation_cache", "unroll", "remat", "mesh"}
-)  # fmt: skip
-"""Fields that may differ when a run is resumed: they change what is recorded or where it is computed, not what."""
 
-
-def load_config(path: str) -> Run:
-    """The Run that a recipe's `config()` returns.
+def load_config(path: str, kind: Any = Run) -> Any:
+    """What a recipe's `config()` returns: a Run, or one of another kind.
 
     Raises:
         FileNotFoundError: no such file; names the nearest one.
-        ValueError: the file does not define `config() -> Run`, or a field is unknown or wrong.
+        ValueError: the file does not define `config()`, or it returns something else, or a field is unknown or wrong.
     """
     file = Path(path)
     if not file.is_file():
@@ -174,26 +179,27 @@ def load_config(path: str) -> Run:
     except (FileNotFoundError, KeyboardInterrupt):
         raise
     except TypeError as error:
-        raise ValueError(f"config {path}: {_explain_field(str(error))}") from error
+        raise ValueError(f"config {path}: {_explain_field(str(error), kind)}") from error
     except Exception as error:
         raise ValueError(f"config {path}: {error}") from error
     finally:
         sys.dont_write_bytecode = written
-    if not isinstance(run, Run):
+    if not isinstance(run, kind):
         raise ValueError(
-            f"config {path}: config() returned {type(run).__name__}; it must return jaxmethods.launch.Run."
+            f"config {path}: config() returned {type(run).__name__}, and this command takes {kind.__name__}; "
+            + (f"give it to `jaxmethods {command}`." if (command := getattr(run, "command", None)) else "return that.")
         )
     return run
 
 
-def _explain_field(text: str) -> str:
+def _explain_field(text: str, kind: Any) -> str:
     """Turns Python's complaint about a keyword into one that suggests the nearest field."""
     match = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     if not match:
         return text
     name, field = match.groups()
-    kind = next((c for c in _classes(Run) if c.__name__ == name), None)
-    return text if kind is None else _unknown(kind, field)
+    named = next((c for c in _classes(kind) if c.__name__ == name), None)
+    return text if named is None else _unknown(named, field)
 
 
 def _unknown(kind: Any, field: str) -> str:
@@ -217,32 +223,34 @@ def _classes(kind: Any, seen: frozenset[Any] = frozenset()) -> list[Any]:
     return [c for part in typing.get_args(kind) for c in _classes(part, seen)]
 
 
-def to_json(value: Any) -> Any:
-    """Plain JSON values; a dataclass becomes an object with its class under "kind"."""
+def to_json(value: Any, *, whole: bool = True) -> Any:
+    """Plain JSON values; a dataclass becomes an object with its class under "kind". Not `whole`: without what is free on resume."""
     if dataclasses.is_dataclass(value):
-        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        names = [f.name for f in dataclasses.fields(value) if f.init]
+        left_out = () if whole else getattr(value, "free_on_resume", ())
+        fields = {name: to_json(getattr(value, name), whole=whole) for name in names if name not in left_out}
         return {"kind": type(value).__name__} | fields
     if isinstance(value, dict):
-        return {str(k): to_json(v) for k, v in value.items()}
+        return {str(k): to_json(v, whole=whole) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [to_json(v) for v in value]
+        return [to_json(v, whole=whole) for v in value]
     return value
 
 
-def from_json(value: Any) -> Any:
-    """Undoes `to_json`.
+def from_json(value: Any, of: Any = Run) -> Any:
+    """Undoes `to_json`, of a Run or of another kind.
 
     Raises:
         ValueError: an unknown kind or field; names the nearest.
     """
     if isinstance(value, list):
-        return tuple(from_json(v) for v in value)
+        return tuple(from_json(v, of) for v in value)
     if not isinstance(value, dict):
         return value
-    fields = {k: from_json(v) for k, v in value.items() if k != "kind"}
+    fields = {k: from_json(v, of) for k, v in value.items() if k != "kind"}
     if "kind" not in value:
         return fields
-    known = {c.__name__: c for c in _classes(Run)}
+    known = {c.__name__: c for c in _classes(of)}
     tree.require_one_of("kind", value["kind"], tuple(known))
     kind = known[value["kind"]]
     for field in fields:
@@ -254,16 +262,40 @@ def from_json(value: Any) -> Any:
         raise ValueError(str(error)) from error
 
 
-def read_json(path: Any) -> Run:
-    """The Run of a work folder's config.json."""
-    return typing.cast(Run, from_json(json.loads(path.read_text())))
+def read_json(path: Any, kind: Any = Run) -> Any:
+    """The config in a work folder's config.json."""
+    return from_json(json.loads(path.read_text()), kind)
 
 
-def differences(old: Run, new: Run) -> dict[str, tuple[Any, Any]]:
+def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     """{field: (old, new)} of the fields that matter to resuming and differ, nested ones by dotted names."""
-    one, two = (_flat(to_json(run)) for run in (old, new))
-    names = [n for n in one | two if n.split(".")[0] not in FREE_ON_RESUME]
-    return {n: (one.get(n), two.get(n)) for n in names if one.get(n) != two.get(n)}
+    one, two = (_flat(to_json(run, whole=False)) for run in (old, new))
+    return {n: (one.get(n), two.get(n)) for n in one | two if one.get(n) != two.get(n)}
+
+
+def check_folder(workdir: Any, run: Any) -> None:
+    """Refuses a work folder that holds another run, or anything else."""
+    file = workdir / "config.json"
+    if file.exists():
+        try:
+            different = differences(read_json(file, type(run)), run)
+        except ValueError as error:
+            raise ValueError(f"{file} is not a config of this version ({error}); choose another --workdir.") from error
+        if different:
+            shown = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in different.items())
+            raise ValueError(
+                f"work folder {workdir} belongs to another run ({shown}); choose another --workdir or make them equal."
+            )
+    elif workdir.exists() and any(workdir.iterdir()):
+        raise ValueError(f"work folder {workdir} is not empty and holds no config.json; choose another --workdir.")
+
+
+def claim(workdir: Any, run: Any) -> None:
+    """Makes the work folder and writes the run into it."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    partial = workdir / "config.json.partial"
+    partial.write_text(json.dumps(to_json(run), indent=2) + "\n")
+    partial.replace(workdir / "config.json")
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import os
 import signal
@@ -52,7 +51,7 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
 
     # Devices, model, data. What one process cannot find ends all of them.
     with distributed.together("reading config, data and model"):
-        _check_folder(workdir, run)
+        run_config.check_folder(workdir, run)
         if run.tensorboard:
             _summary_writer()
         mesh = sharding.make_mesh(dataclasses.asdict(run.mesh))
@@ -71,7 +70,7 @@ def train(run: Run, *, console: Console | None = None) -> dict[str, float]:
     # What could be wrong with config, model or data has been said by now: the folder becomes this run's.
     with distributed.together(f"making {workdir}"):
         if main:
-            _claim(workdir, run)
+            run_config.claim(workdir, run)
     with distributed.together(f"looking at {workdir}"):
         _find_claim(workdir, run)
 
@@ -239,31 +238,6 @@ def _split(assembly: Assembly, base: tree.Tree, leaves: tree.Tree) -> tuple[tree
     start = jax.tree.map(jnp.copy, assembly.start_of(flat))  # what is trained is given away to the step
     trained, frozen = tree.partition(tree.unflatten(flat | start), lambda path: path in wanted)
     return tree.cast(trained, jnp.float32), frozen
-
-
-def _check_folder(workdir: Any, run: Run) -> None:
-    """Refuses a work folder that holds another run, or anything else."""
-    file = workdir / "config.json"
-    if file.exists():
-        try:
-            different = run_config.differences(run_config.read_json(file), run)
-        except ValueError as error:
-            raise ValueError(f"{file} is not a config of this version ({error}); choose another --workdir.") from error
-        if different:
-            shown = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in different.items())
-            raise ValueError(
-                f"work folder {workdir} belongs to another run ({shown}); choose another --workdir or make them equal."
-            )
-    elif workdir.exists() and any(workdir.iterdir()):
-        raise ValueError(f"work folder {workdir} is not empty and holds no config.json; choose another --workdir.")
-
-
-def _claim(workdir: Any, run: Run) -> None:
-    """Makes the work folder and writes the run into it."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = workdir / "config.json.partial"
-    partial.write_text(json.dumps(run_config.to_json(run), indent=2) + "\n")
-    partial.replace(workdir / "config.json")
 
 
 def _find_claim(workdir: Any, run: Run, *, patience: float = 60.0) -> None:

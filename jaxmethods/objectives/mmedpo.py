@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Float32, Num, UInt8
 
 from jaxmethods import losses, tree
 from jaxmethods.data.views import Number
@@ -142,6 +142,29 @@ def noise_lesion(
     x = image.astype(jnp.float32)
     noisy = signal * x + jnp.sqrt(1 - signal**2) * jax.random.normal(key, x.shape)
     return (heat * noisy + (1 - heat) * x).astype(image.dtype)
+
+
+def noised_pixels(
+    pixels: UInt8[np.ndarray, "height width 3"],
+    heat: Float32[np.ndarray, "height width"],
+    step: int,
+    key: Any,
+    *,
+    mean: Any,
+    std: Any,
+) -> UInt8[np.ndarray, "height width 3"]:
+    """`noise_lesion` of a picture's grey levels: normalised as a tower does, noised, rounded and clipped.
+
+    Where the map is 0 pixels are those of the picture, bit by bit.
+
+    Args:
+        heat: in [0, 1].
+        mean, std: the tower's, three numbers each, of colours in 0..1.
+    """
+    centre, spread = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    x = (pixels.astype(np.float32) / 255 - centre) / spread
+    noised = (np.asarray(noise_lesion(x, heat, step, key)) * spread + centre) * 255
+    return np.where(heat[..., None] > 0, np.clip(np.rint(noised), 0, 255).astype(np.uint8), pixels)
 
 
 def loss(

@@ -7,6 +7,7 @@ import pytest
 
 from jaxmethods import losses
 from jaxmethods.losses import PairLogps
+from jaxmethods.models.vision import MEAN_AND_STD
 from jaxmethods.objectives import MMedPO, mmedpo
 
 RNG = np.random.default_rng(0)
@@ -174,3 +175,27 @@ def test_the_objective_weights_each_source_by_itself():
         MMedPO(weight=None)
     with pytest.raises(ValueError, match="loss='ipo' is unknown"):
         MMedPO(loss="ipo")
+
+
+def test_noise_is_that_of_the_method_rounded_and_clipped():
+    """Inside the mask: moments of a x + sqrt(1 - a^2) eps on grey levels far from the ends; outside: the same bits."""
+    rng = np.random.default_rng(0)
+    mean, std = (np.array(x) for x in MEAN_AND_STD["clip"])
+    pixels = rng.integers(110, 140, (64, 64, 3), np.uint8)
+    mask = np.zeros((64, 64), np.float32)
+    mask[:, 16:] = 1
+    noised = mmedpo.noised_pixels(pixels, mask, 200, jax.random.key(0), mean=mean, std=std)
+    np.testing.assert_array_equal(noised[:, :16], pixels[:, :16])
+    rate = mmedpo.signal_rates()[200]
+    expected = (rate * (pixels / 255 - mean) / std * std + mean) * 255
+    left = (noised - expected)[:, 16:] / (255 * std)
+    assert abs(left.mean()) < 0.005
+    np.testing.assert_allclose(left.std(), np.sqrt(1 - rate**2), rtol=0.03)
+
+    ends = rng.choice(np.array([0, 255], np.uint8), (64, 64, 3))  # clipped, never wrapped to the other end
+    noised = mmedpo.noised_pixels(ends, np.ones((64, 64), np.float32), 200, jax.random.key(0), mean=mean, std=std)
+    assert np.abs(noised.astype(int) - ends).max() < 128 and (noised == ends).mean() > 0.3
+    soft = np.full((64, 64), 1e-6, np.float32)  # too little to tell: every grey level comes back as it was
+    np.testing.assert_array_equal(
+        mmedpo.noised_pixels(pixels, soft, 500, jax.random.key(1), mean=mean, std=std), pixels
+    )
