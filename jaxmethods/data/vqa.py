@@ -104,6 +104,19 @@ def _balanced(
     return kinds[True][:each] + kinds[False][:each]
 
 
+def without_pictures(rows: Iterable[Row]) -> list[Row]:
+    """The rows with neither pictures nor markers: what a model learns of the questions' words alone."""
+
+    def bare(row: Row) -> Row:
+        kept = {name: value for name, value in row.items() if name != "images"}
+        text = lambda value: value.replace(f"{MARKER}\n", "")
+        if "messages" not in row:
+            return kept | {"prompt": text(row["prompt"])}
+        return kept | {"messages": [m | {"content": text(m["content"])} for m in row["messages"]]}
+
+    return [bare(row) for row in rows]
+
+
 def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
@@ -172,9 +185,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         train, held_out = split_by_caption(stamps(options.stamps), options.held_out, options.seed)
+        asked = short_dialogues(easy_vqa("train"), options.seed)
+        asked_held_out = _shuffled(single_questions(easy_vqa("test")), options.seed)
         files = {
-            "questions.jsonl": short_dialogues(easy_vqa("train"), options.seed),
-            "questions_heldout.jsonl": _shuffled(single_questions(easy_vqa("test")), options.seed),
+            "questions.jsonl": asked,
+            "questions_heldout.jsonl": asked_held_out,
+            "questions_text.jsonl": without_pictures(asked),
+            "questions_text_heldout.jsonl": without_pictures(asked_held_out),
             "captions.jsonl": train,
             "captions_heldout.jsonl": held_out,
         }

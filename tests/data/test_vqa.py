@@ -138,7 +138,18 @@ def test_easy_vqa_of_its_package(tmp_path, folder, capsys):
     lines = {path.name: len(path.read_text().splitlines()) for path in (tmp_path / "out").iterdir()}
     assert lines.pop("captions.jsonl") + lines.pop("captions_heldout.jsonl") == 4
     dialogues = vqa.short_dialogues(of_split["train"])
-    assert lines == {"questions.jsonl": len(dialogues), "questions_heldout.jsonl": 9_673}
+    assert lines == {"questions.jsonl": len(dialogues), "questions_heldout.jsonl": 9_673,
+                     "questions_text.jsonl": len(dialogues), "questions_text_heldout.jsonl": 9_673}  # fmt: skip
+    for name in ("questions", "questions_heldout"):
+        seen, bare = (
+            [
+                json.loads(x)
+                for x in (tmp_path / f"out/{name.replace('questions', kind)}.jsonl").read_text().splitlines()
+            ]
+            for kind in ("questions", "questions_text")
+        )
+        assert "images" in seen[5] and "images" not in bare[5] and "<image>" not in str(bare)
+        assert str(seen).count("?") == str(bare).count("?")
     assert f"questions.jsonl: {len(dialogues):,} rows" in capsys.readouterr().out
     shown = {row["images"] for row in dialogues}
     assert shown < {row["images"] for row in of_split["train"]} and len(shown) > 3_800
