@@ -148,7 +148,17 @@ def pair_view(conversation: Conversation, most: int | None = None, *, role: str 
     images = conversation.images[:first] if role == "user" else conversation.images[first:]
     if not said[role].strip():
         raise ValueError(f"the {role}'s side of this pair is empty; its messages are {_shown(conversation)}.")
-    return _to_embed(said[role][:most], images)
+    return _to_embed(_cut(said[role], most), images)
+
+
+def _cut(text: str, most: int | None) -> str:
+    """The first so many characters of a text, and all of its markers, which its pictures need."""
+    if most is None:
+        return text
+    kept: list[str] = []
+    for part in text.split(MARKER):
+        kept.append(part[: most - sum(map(len, kept))])
+    return MARKER.join(kept)
 
 
 def negative_view(conversation: Conversation, most: int | None = None, *, asked: str = OF_TEXT) -> Conversation:

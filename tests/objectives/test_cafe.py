@@ -284,6 +284,10 @@ def test_views_are_those_of_the_terms():
     sides = CAFe(pairs=True, negatives=True).views()
     read = {name: sides[name].make(one, 5).messages[1]["content"] for name in ("target", "negative")}
     assert read == {"target": "A cat", "negative": "a dog"}
+    # What is cut is text, never the marker that a picture stands at.
+    behind = Conversation([{"role": "user", "content": "What is in this: <image>?"}, one.messages[1]], ["a.png"])
+    cut = {most: sides["query"].make(behind, most).messages[1]["content"].strip() for most in (4, 17, None)}
+    assert cut == {4: "What<image>", 17: "What is in this: <image>", None: "What is in this: <image>?"}
     with pytest.raises(ValueError, match="no text in its field 'negative'; its fields are text"):
         cafe.negative_view(Conversation([], [], {"text": "a"}))
 
