@@ -1,4 +1,4 @@
-"""MMed-RAG's number of reports and kinds of pairs: worked examples, plain loops, and laws."""
+"""MMed-RAG's number of reports, prompts, pictures and kinds of pairs: worked examples, plain loops, and laws."""
 
 import itertools
 import math
@@ -7,8 +7,15 @@ import jax
 import numpy as np
 import pytest
 
+from jaxmethods import losses, models
+from jaxmethods.data import Source
+from jaxmethods.data.pictures import MARKER
+from jaxmethods.data.views import conversation_of
 from jaxmethods.objectives import mmed_rag
-from jaxmethods.objectives.mmed_rag import keep_contexts, preference_subsets
+from jaxmethods.objectives.mmed_rag import Case, keep_contexts, preference_rows, preference_subsets, prompt
+from jaxmethods.objectives.mmedpo import signal_rates
+from jaxmethods.objectives.preference import chosen_view, rejected_view
+from tests import tiny
 
 RNG = np.random.default_rng(0)
 SORTED = -np.sort(-RNG.uniform(0.05, 1, (64, 6)), axis=1)
@@ -45,6 +52,7 @@ def test_worked_examples():
     assert keep_contexts(jump, threshold=math.log(1.5)) == 3 and keep_contexts(jump, threshold=1.5, mode="top1") == 3
     assert keep_contexts(np.array([-0.1, -0.2, -0.3]), threshold=9.0) == 1
     assert keep_contexts(np.array([0.5, -0.2, -0.3]), threshold=9.0, mode="top1") == 1
+    assert keep_contexts(np.array([0.5, 0.4, -np.inf, -np.inf]), threshold=9.0) == 2  # no more reports are there
 
 
 def test_laws():
@@ -90,3 +98,147 @@ def test_refuses(given, said):
         keep_contexts(SORTED, **given)
     with pytest.raises(ValueError, match="sorted, the largest first"):
         mmed_rag.keep_contexts(SORTED[:, ::-1], threshold=0.5)
+
+
+# The prompt
+
+
+REPORTS = ["The heart is large.", "Clear lungs, no effusion, no fracture.", "Old calcified granuloma in the left lung."]
+ASKED = dict(domain="radiology", options=("yes", "no"))
+WORDS = lambda text: len(text.split())
+
+
+def test_prompt_has_what_the_data_have():
+    text = prompt("Is there an effusion?", REPORTS, **ASKED)
+    places = [
+        text.index(part)
+        for part in (MARKER, "radiologist", "3 reference reports", "1. The heart", "2. Clear", "3. Old")
+    ]
+    places += [text.index(part) for part in ("comparison only", "Question: Is there an effusion?", "yes, no")]
+    assert places == sorted(places) and text.count(MARKER) == 1
+    report = prompt("Describe the eye.", REPORTS[:1], domain="ophthalmology")
+    assert "ophthalmologist" in report and "1 reference report of" in report and "report alone" in report
+    alone = prompt("Is there an effusion?", [], **ASKED)
+    assert "reference" not in alone and alone.endswith(text[text.index("Question") :])
+    own = prompt("What is it?", [], domain="animals", domains={"animals": "You are a zoologist."})
+    assert "zoologist" in own
+
+
+def test_reports_are_cut_last_first_then_their_tail():
+    full = prompt("Is there an effusion?", REPORTS, **ASKED)
+    shorter = [prompt("Is there an effusion?", REPORTS[:count], **ASKED) for count in (2, 1, 0)]
+    seen = []
+    for limit in range(WORDS(full) + 3, WORDS(shorter[-1]) - 1, -1):
+        text = prompt("Is there an effusion?", REPORTS, **ASKED, limit=limit, length=WORDS)
+        assert WORDS(text) <= limit and text.endswith(full[full.index("Question") :]) and text.startswith(full[:60])
+        seen.append(text)
+    assert seen[0] == full and {*shorter} < {*seen}
+    kept = [text.count("\n1. ") + text.count("\n2. ") + text.count("\n3. ") for text in seen]
+    assert kept == sorted(kept, reverse=True) and set(kept) == {0, 1, 2, 3}
+    tails = [text.split("1. ")[1].split("\n")[0] for text in seen if kept[seen.index(text)] == 1]
+    assert {"The heart is large.", "The heart is", "The heart", "The"} == set(tails)
+    with pytest.raises(ValueError, match=f"without any report the prompt has length {WORDS(shorter[-1])}, and limit=9"):
+        prompt("Is there an effusion?", REPORTS, **ASKED, limit=9, length=WORDS)
+
+
+def test_prompt_refuses():
+    with pytest.raises(ValueError, match="domain='radiolgy' is unknown; did you mean 'radiology'"):
+        prompt("?", [], domain="radiolgy")
+    with pytest.raises(ValueError, match="limit=5 with length=None"):
+        prompt("?", [], domain="radiology", limit=5)
+
+
+# Pictures
+
+
+def test_noise_as_the_code_draws_it():
+    noise = mmed_rag.noise_picture((96, 64, 3), jax.random.key(0))
+    assert noise.shape == (96, 64, 3) and noise.dtype == np.uint8
+    assert (noise == 0).mean() == pytest.approx(0.5 + 0.5 / 255 * 0.8, abs=0.01)  # and what is below one grey level
+    assert (noise == 255).mean() == pytest.approx(0.1587, abs=0.01)
+    assert (noise != mmed_rag.noise_picture((96, 64, 3), jax.random.key(1))).any()
+
+
+def test_noised_other_has_the_schedule_s_moments():
+    picture = np.full((64, 64, 3), 96, np.uint8)
+    np.testing.assert_allclose(np.int32(mmed_rag.noised_other(picture, 0, jax.random.key(0))), 96, atol=3)
+    x = 96 / 127.5 - 1
+    for step in (100, 300):
+        signal = signal_rates()[step]
+        got = mmed_rag.noised_other(picture, step, jax.random.key(0)) / 127.5 - 1
+        assert got.mean() == pytest.approx(signal * x, abs=0.02)
+        assert got.std() == pytest.approx(math.sqrt(1 - signal**2), rel=0.03)
+    ends = mmed_rag.noised_other(picture, 999, jax.random.key(0))
+    assert ends.dtype == np.uint8 and ends.min() == 0 and ends.max() == 255
+    with pytest.raises(ValueError, match="step=1000 must be between 0 and 999"):
+        mmed_rag.noised_other(picture, 1000, jax.random.key(0))
+
+
+# Rows
+
+
+def case(i, truth=None):
+    return Case(f"<image>\nprompt {i}", f"{i}.png", f"noise{i}.png", f"alone {i}", f"reports {i}", f"noised {i}", truth)
+
+
+@pytest.mark.parametrize("truth", [None, "the truth"])
+def test_rows_of_all_eight_outcomes(truth):
+    """Written out: which rows, which texts, and the noise picture on cross-modal rows alone."""
+    outcomes = list(itertools.product((False, True), repeat=3))
+    right = dict(zip(("alone", "with_reports", "noised"), np.array(outcomes).T, strict=True))
+    rows = preference_rows([case(i, truth) for i in range(8)], right)
+    written = [  # outcome number 4 alone + 2 with reports + noised
+        (2, "use_reports", "reports 2", "alone 2"), (3, "cross_modal", "reports 3", "noised 3"),
+        (3, "use_reports", "reports 3", "alone 3"), (4, "resist_reports", "alone 4", "reports 4"),
+        (5, "resist_reports", "alone 5", "reports 5"), (7, "cross_modal", "reports 7", "noised 7"),
+    ]  # fmt: skip
+    expected = [
+        {
+            "prompt": f"<image>\nprompt {i}",
+            "images": f"{i}.png",
+            "chosen": truth or chosen,
+            "rejected": rejected,
+            "subset": subset,
+        }
+        | ({"rejected_images": f"noise{i}.png"} if subset == "cross_modal" else {})
+        for i, subset, chosen, rejected in written
+    ]
+    assert rows == expected
+
+
+def test_rows_refuse():
+    told = {"alone": np.array([True]), "with_reports": np.array([False])}
+    with pytest.raises(ValueError, match="right has alone, with_reports; give alone, with_reports, noised"):
+        preference_rows([case(0)], told)
+    with pytest.raises(ValueError, match="2 cases, and right has 1 of 'alone'"):
+        preference_rows([case(0), case(1)], told | {"noised": np.array([True])})
+
+
+def test_rows_are_read_and_the_picture_alone_tells_equal_texts_apart():
+    """Through the data pipeline and the loss: of equal texts the gradient is not 0 where the rejected picture is noise."""
+    module, params = tiny.vlm()
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    noise = mmed_rag.noise_picture((8, 8, 3), jax.random.key(0))
+    told = Case(
+        prompt("a?", ["b c"], domain="radiology", domains={"radiology": "d"}), picture, noise, "no", "yes", "yes"
+    )
+    rows = preference_rows([told], {name: np.array([name != "alone"]) for name in ("alone", "with_reports", "noised")})
+    assert [row["subset"] for row in rows] == ["cross_modal", "use_reports"] and rows[0]["chosen"] == rows[0][
+        "rejected"
+    ]
+    conversation = conversation_of(rows[0], Source("rows"), "row")
+    assert conversation.pair.rejected_images[0] is noise and not conversation.pair.equal
+    assert chosen_view(conversation).messages == rejected_view(conversation).messages
+
+    tokens = np.array([[60, 60, 60, 60, 5, 6, 7]], np.int32)  # four places of the picture, and a text
+    targets = np.arange(7)[None] > 4
+
+    def loss(params, *pictures):
+        """DPO's loss of one text given two pictures, the reference being the policy itself."""
+        given = [picture[None, None].astype(np.float32) for picture in pictures]
+        policy = losses.PairLogps(*(models.sequence_logps(module, params, tokens, targets, images=x) for x in given))
+        return losses.dpo_loss(policy, jax.lax.stop_gradient(policy)).sum()
+
+    of = jax.jit(jax.grad(loss))
+    size = lambda grads: max(float(np.abs(g).max()) for g in jax.tree.leaves(grads))
+    assert size(of(params, picture, picture)) < 1e-6 and size(of(params, picture, noise)) > 1e-4
