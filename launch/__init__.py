@@ -1,4 +1,4 @@
-"""Programs: train, cream, curate, generate, evaluate, embed, export, plan."""
+"""Programs: train, cream, rag, curate, generate, evaluate, embed, export, plan."""
 
 from jaxmethods.launch.config import Mesh, Run, Vision
 

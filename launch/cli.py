@@ -1,4 +1,4 @@
-"""The command line: `jaxmethods train | cream | generate | evaluate | embed | curate | export | plan`.
+"""The command line: `jaxmethods train | cream | rag | generate | evaluate | embed | curate | export | plan`.
 
 Exit status: 0; 1 for a run that failed; 2 and one line for a wrong config, file or flag.
 """
@@ -16,6 +16,7 @@ COMMANDS: dict[str, str] = {
     "plan": "plan CONFIG.py [--topology v5p:8x8x8|h100:8 [--search]] [--json] [--picture FILE.png] [--FIELD VALUE ...]: "
     "what the run is, before it runs",
     "cream": "cream CONFIG.py [--FIELD VALUE ...]: self-rewarding rounds from M1 on; the same command again goes on",
+    "rag": "rag CONFIG.py [--FIELD VALUE ...]: retrieved reports, the preference pairs that they make, and training on these",
     "generate": "generate DIR|MODEL --prompt TEXT: answer a prompt with a run's model or any other",
     "evaluate": "evaluate completion|retrieval DIR|MODEL: measure on held-out rows",
     "embed": "embed DIR|MODEL --data ROWS --to FILE.parquet: embed pictures and texts",
@@ -75,6 +76,7 @@ def _command(name: str) -> Callable[[list[str]], None]:
         "train": _train,
         "plan": _plan,
         "cream": _cream,
+        "rag": _rag,
         "generate": _generate,
         "evaluate": _evaluate,
         "embed": _embed,
@@ -170,6 +172,12 @@ def _cream(arguments: list[str]) -> None:
     from jaxmethods.launch.cream import SelfRewarding, run_rounds
 
     run_rounds(_config_of("cream", arguments, SelfRewarding))
+
+
+def _rag(arguments: list[str]) -> None:
+    from jaxmethods.launch.rag import RetrievalAugmented, run_rag
+
+    run_rag(_config_of("rag", arguments, RetrievalAugmented))
 
 
 def _take_processes(arguments: list[str]) -> tuple[list[str], Any]:

@@ -14,17 +14,13 @@ equal answers to a prompt have equal rewards to the bit, as each is scored once;
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import importlib
 import io
-import json
 import math
 import os
-import time
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -41,12 +37,9 @@ from jaxmethods.launch.assembly import assemble, load_model, model_shapes
 from jaxmethods.launch.config import Run
 from jaxmethods.launch.metrics import write_whole
 from jaxmethods.launch.opening import open_model
+from jaxmethods.launch.phases import Phases, Row, read_rows, write_rows
 from jaxmethods.launch.train import RunFailed, train
 from jaxmethods.objectives import CREAM, cream
-
-Row = dict[str, Any]
-SECONDS = 30.0
-"""Between two writings of a phase that is under way, at least."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +260,8 @@ class _Program:
 
     def __init__(self, loop: SelfRewarding, workdir: Any, console: Console, held_out: Sequence[Row]):
         self.loop, self.workdir, self.console, self.held_out = loop, workdir, console, held_out
-        self.say = functools.partial(console.print, soft_wrap=True, markup=False, highlight=False)
+        self.phases = Phases(workdir, console, loop.batch_size)
+        self.say = self.phases.say
         self.tokenizer = models.load_tokenizer(loop.sft.model)
         if not self.tokenizer.chat_template:
             raise ValueError(
@@ -352,7 +346,7 @@ class _Program:
             )
         file = folder / "pairs.jsonl"
         if not file.exists():
-            _write_rows(file, pairs)
+            write_rows(file, pairs)
         run = dataclasses.replace(
             loop.round, model=path, workdir=str(folder / "train"), steps=-(-len(pairs) * loop.epochs // loop.round.batch_size),
             seed=loop.seed, data=dataclasses.replace(loop.round.data, train=str(file), seed=loop.seed),
@@ -366,20 +360,20 @@ class _Program:
     def write(self, rows: Sequence[Row]) -> None:
         """rounds.jsonl and its picture, with the seconds that phases took so far; what tells of later rounds already stays."""
         file = self.workdir / "rounds.jsonl"
-        if file.exists() and len(_read_rows(file)) > len(rows):
+        if file.exists() and len(read_rows(file)) > len(rows):
             return
-        seconds = self._seconds()
+        seconds = self.phases.seconds()
         of_round = lambda number: {
             p.partition("/")[2]: s for p, s in seconds.items() if p.startswith(f"round_{number}/")
         }
-        _write_rows(file, [row | {"seconds": of_round(row["round"])} for row in rows])
+        write_rows(file, [row | {"seconds": of_round(row["round"])} for row in rows])
         draw_rounds(rows, self.workdir / "rounds.png", title=self.workdir.name)
 
     def _merged(self, run: Run, target: Any, number: int = 0) -> str:
         """Trains a run, or goes on with it, and saves its model with adapters fused."""
         if not target.exists():
             self._opened = None  # its memory is wanted
-            with self._timed(number, "train"):
+            with self.phases.timed(f"round_{number}/train"):
                 last = train(run, console=self.console)
                 if last["step"] < run.steps:
                     raise _Stopped
@@ -402,44 +396,7 @@ class _Program:
     def _phase(
         self, number: int, name: str, count: int, make: Callable[[range], list[Row]], prompts: Sequence[Any] = ()
     ) -> list[Row]:
-        """The rows of a phase's file, made in blocks of prompts; those of an interrupted phase stand beside it as .partial."""
-        file = self._folder(number) / f"{name}.jsonl"
-        if file.exists():
-            return _of_these(file, _read_rows(file), prompts)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial, size = file.parent / f"{file.name}.partial", self.loop.batch_size
-        rows = _of_these(partial, _read_rows(partial), prompts) if partial.exists() else []
-        rows, when = rows[: len(rows) // size * size], time.monotonic()
-        try:
-            with self._timed(number, name), self.console.status(f"round {number}, {name}") as status:
-                while len(rows) < count:
-                    status.update(f"round {number}, {name}: {len(rows)} of {count} prompts")
-                    rows += make(range(len(rows), min(len(rows) + size, count)))
-                    if time.monotonic() - when > SECONDS:
-                        _write_rows(partial, rows)
-                        when = time.monotonic()
-        finally:
-            _write_rows(partial, rows)
-        partial.replace(file)
-        self.say(f"round {number}, {name}: {count} prompts in {self._seconds()[f'round_{number}/{name}']:.0f} s")
-        return rows
-
-    @contextlib.contextmanager
-    def _timed(self, number: int, name: str) -> Iterator[None]:
-        """Adds what a phase takes to seconds.json, also over several sittings."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            if self.workdir.exists():  # M1 is made before the folder is claimed, and is no loop's own
-                seconds = self._seconds()
-                spent = seconds.get(f"round_{number}/{name}", 0.0) + time.monotonic() - start
-                told = seconds | {f"round_{number}/{name}": round(spent, 2)}
-                write_whole(self.workdir / "seconds.json", json.dumps(told, indent=2).encode() + b"\n")
-
-    def _seconds(self) -> dict[str, float]:
-        file = self.workdir / "seconds.json"
-        return json.loads(file.read_text()) if file.exists() else {}
+        return self.phases.rows(f"round_{number}/{name}", count, make, prompts=prompts, title=f"round {number}, {name}")
 
     def _folder(self, number: int) -> Any:
         return self.workdir / f"round_{number}"
@@ -489,21 +446,6 @@ def _agrees(row: Mapping[str, Any], said: str) -> bool:
 def _answered(prompt: Any, answer: str) -> Row:
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     return {"messages": [*asked, {"role": "assistant", "content": answer}]}
-
-
-def _of_these(file: Any, rows: list[Row], prompts: Sequence[Any]) -> list[Row]:
-    """The rows, if they are of these prompts."""
-    if prompts and any(row["prompt"] != prompt for row, prompt in zip(rows, prompts, strict=False)):
-        raise ValueError(f"{file} is of other prompts than the config names now; choose another --workdir.")
-    return rows
-
-
-def _read_rows(file: Any) -> list[Row]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def _write_rows(file: Any, rows: Sequence[Row]) -> None:
-    write_whole(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def _skipped(told: Row) -> str:

@@ -63,13 +63,16 @@ def single_questions(rows: Iterable[Row]) -> list[Row]:
 
 
 def short_dialogues(rows: Iterable[Row], seed: int = 0, yes_no: int = 2) -> list[Row]:
-    """Rows {"images", "messages"}: of each picture some questions of yes or no, each alone; its colour and its shape in one row.
+    """Rows {"images", "messages"}: of each picture some questions alone, and one dialogue of its colour, its shape, and what follows.
 
     Asked all in one dialogue, the questions tell the answers of others ("what is the blue shape?"), and a model learns to read the
-    dialogue and not the picture. These do not: each answer can only be seen. Colours and shapes that are asked for in words that
-    tell the other are left out. Of the questions of yes or no, as many ask for something that is there as for something that is
-    not, over all pictures: easy-VQA asks four times as often for what is not there, so that the words alone would tell the answer.
-    Which questions of a kind are taken, and in what order, is decided by a hash of the picture and the seed.
+    dialogue and not the picture. Of what is asked alone, the answer can only be seen: some questions of yes or no, and one for the
+    colour or the shape. The dialogue asks for both, in either order and in words that tell neither, and then the same questions of
+    yes or no, which can be answered from what was said: so they are learned as comparisons.
+
+    Of the questions of yes or no, as many ask for something that is there as for something that is not: easy-VQA asks four times as
+    often for what is not there, so that the words alone would tell the answer. Which questions of a kind are taken, and in what
+    order, is decided by a hash of the picture and the seed.
 
     Args:
         yes_no: how many questions of yes or no, at most.
@@ -80,9 +83,13 @@ def short_dialogues(rows: Iterable[Row], seed: int = 0, yes_no: int = 2) -> list
         pairs = list(zip(asked, (m["content"] for m in row["messages"][1::2]), strict=True))
         picture = os.path.basename(row["images"])
         order = lambda pair, picture=picture: _digest(f"{seed} {picture} {pair[0]}")
-        colour = sorted((pair for pair in pairs if pair[1] in COLOURS and not SHAPES & set(_words(pair[0]))), key=order)
-        shape = sorted((pair for pair in pairs if pair[1] in SHAPES and not COLOURS & set(_words(pair[0]))), key=order)
-        for turns in (*([pair] for pair in _balanced(pairs, yes_no, order)), sorted(colour[:1] + shape[:1], key=order)):
+        direct = sorted((pair for pair in pairs if pair[1] in COLOURS | SHAPES), key=order)
+        colour = [pair for pair in direct if pair[1] in COLOURS and not SHAPES & set(_words(pair[0]))]
+        shape = [pair for pair in direct if pair[1] in SHAPES and not COLOURS & set(_words(pair[0]))]
+        plain = _balanced(pairs, yes_no, order)
+        seen = sorted(colour[:1] + shape[:1], key=order)
+        dialogue = seen + (sorted(plain, key=order) if len(seen) == 2 else [])
+        for turns in (*([pair] for pair in plain + direct[:1]), dialogue):
             messages: list[Row] = []
             for question, answer in turns:
                 said = question if messages else f"{MARKER}\n{question}"
@@ -170,7 +177,7 @@ def split_by_caption(rows: Sequence[Row], held_out: float = 0.15, seed: int = 0)
     return parts
 
 
-def _shuffled(rows: Sequence[Row], seed: int) -> list[Row]:
+def shuffled(rows: Sequence[Row], seed: int) -> list[Row]:
     """In an order by hash, so that the first so many are of many pictures."""
     return [rows[i] for i in sorted(range(len(rows)), key=lambda i: _digest(f"{seed} {i}"))]
 
@@ -186,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         train, held_out = split_by_caption(stamps(options.stamps), options.held_out, options.seed)
         asked = short_dialogues(easy_vqa("train"), options.seed)
-        asked_held_out = _shuffled(single_questions(easy_vqa("test")), options.seed)
+        asked_held_out = shuffled(single_questions(easy_vqa("test")), options.seed)
         files = {
             "questions.jsonl": asked,
             "questions_heldout.jsonl": asked_held_out,

@@ -96,18 +96,23 @@ def test_short_dialogues_by_hand():
     for number, (question, answer) in enumerate(turns):
         asked = question if number else f"<image>\n{question}"
         row["messages"] += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    direct = turns[5:]
     marked = lambda pairs: {(f"<image>\n{question}", answer) for question, answer in pairs}
     for most, each in ((0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (9, 2)):  # two ask for what is not there
         dialogues = vqa.short_dialogues([row], yes_no=most)
         made = [[message["content"] for message in dialogue["messages"]] for dialogue in dialogues]
-        asked = {tuple(turn) for turn in made[:-1]}
-        assert len(made) == 2 * each + 1 and len(asked & marked(there)) == len(asked & marked(absent)) == each
-        assert sorted(made[-1][1::2]) == ["blue", "triangle"] and made[-1][0].startswith("<image>\n")
-        assert {text.removeprefix("<image>\n") for text in made[-1][::2]} == {
+        *alone, one, dialogue = made
+        said = {tuple(turn) for turn in alone}
+        assert len(alone) == 2 * each and len(said & marked(there)) == len(said & marked(absent)) == each
+        assert tuple(one) in marked(direct)
+        # Colour and shape first, in words that tell neither, and then what was asked alone.
+        assert sorted(dialogue[1:4:2]) == ["blue", "triangle"] and dialogue[0].startswith("<image>\n")
+        assert {text.removeprefix("<image>\n") for text in dialogue[:4:2]} == {
             "what color is it?",
             "which shape is there?",
         }
-        assert [dialogue["images"] for dialogue in dialogues] == ["a/0.png"] * (2 * each + 1)
+        assert marked(zip(dialogue[4::2], dialogue[5::2], strict=True)) == said
+        assert [dialogue["images"] for dialogue in dialogues] == ["a/0.png"] * (2 * each + 2)
     of_seeds = [vqa.short_dialogues([row], seed) for seed in range(8)]
     assert len({made[0]["messages"][0]["content"] for made in of_seeds}) > 1
     assert len({made[-1]["messages"][0]["content"] for made in of_seeds}) == 2  # now the colour first, now the shape
@@ -152,15 +157,17 @@ def test_easy_vqa_of_its_package(tmp_path, folder, capsys):
         assert str(seen).count("?") == str(bare).count("?")
     assert f"questions.jsonl: {len(dialogues):,} rows" in capsys.readouterr().out
     shown = {row["images"] for row in dialogues}
-    assert shown < {row["images"] for row in of_split["train"]} and len(shown) > 3_800
+    assert shown <= {row["images"] for row in of_split["train"]} and len(shown) > 3_900
     denied = lambda text: bool({"no", "not"} & set(text.lower().replace("?", "").split()))
-    there = [(row["messages"][1]["content"] == "yes") != denied(row["messages"][0]["content"]) for row in dialogues
-             if row["messages"][1]["content"] in ("yes", "no")]  # fmt: skip
+    alone = [[m["content"] for m in row["messages"]] for row in dialogues if len(row["messages"]) == 2]
+    there = [(said == "yes") != denied(text) for text, said in alone if said in ("yes", "no")]
     assert len(there) > 5_000 and sum(there) * 2 == len(there)
-    for row in dialogues:  # no question tells what another one asks for
+    for row in dialogues:  # the colour and the shape are asked for in words that tell neither
         asked, said = ([message["content"] for message in row["messages"][i::2]] for i in (0, 1))
-        assert [text.count("<image>") for text in asked] == [1, 0][: len(asked)]
-        assert not any(answer in question.lower().split() for question in asked for answer in said if len(said) > 1)
+        assert [text.count("<image>") for text in asked] == [1, *[0] * (len(asked) - 1)]
+        assert not any(
+            answer in question.lower().split() for question in asked[:2] for answer in said[:2] if len(said) > 1
+        )
 
 
 def test_what_is_missing_is_told_in_one_line(tmp_path, monkeypatch, capsys):

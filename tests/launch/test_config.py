@@ -10,6 +10,7 @@ from jaxmethods.data import Data, Source
 from jaxmethods.launch import Mesh, Run
 from jaxmethods.launch import config as run_config
 from jaxmethods.launch.cream import SelfRewarding
+from jaxmethods.launch.rag import RetrievalAugmented
 from jaxmethods.training import Optimizer
 
 RUN = Run(
@@ -17,7 +18,7 @@ RUN = Run(
     adapters={"mlp": SMoRE(ranks=(1, 2)), "q_proj": LoRA(rank=4)},
     optimizer=Optimizer(groups=(("router", 0.5),)), mesh=Mesh(data=2), profile=(3, 5),
 )  # fmt: skip
-KINDS = {"cream_smollm2": SelfRewarding}  # the others are runs
+KINDS = {"cream_smollm2": SelfRewarding, "mmed_rag_small": RetrievalAugmented}  # the others are runs
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 
 
