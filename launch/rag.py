@@ -37,6 +37,7 @@ from jaxmethods.launch.opening import open_model
 from jaxmethods.launch.phases import Phases, Row, write_rows
 from jaxmethods.launch.train import RunFailed, train
 from jaxmethods.models.efficientnet import EfficientNet
+from jaxmethods.models.text_encoder import TextEncoder
 from jaxmethods.models.vision import VisionConfig, VisionTower
 from jaxmethods.objectives import Preference, mmed_rag
 
@@ -145,9 +146,9 @@ def run_rag(config: RetrievalAugmented, *, console: Console | None = None) -> li
     names = [domain.name for domain in config.domains]
     asked = {name: _questions(getattr(config, name), names) for name in ("questions", "held_out")}
     reports = {domain.name: _reports(domain.reports) for domain in config.domains}
-    run_config.claim(workdir, config)
-
     program = _Program(config, workdir, console, reports)
+    run_config.claim(workdir, config)  # what could be wrong has been said
+
     found = {name: program.contexts(name, rows) for name, rows in asked.items()}
     noise = program.noise(asked["questions"])
     before = {
@@ -181,6 +182,10 @@ class _Program:
         self._opened: tuple[str, Any] | None = None
         if getattr(self._open(config.model).module, "sight", None) is None:
             raise ValueError(f"model={config.model} reads text alone; MMed-RAG asks about pictures.")
+        encoder, _ = models.shapes(config.text_encoder)
+        if not isinstance(encoder, TextEncoder):
+            raise ValueError(f"text_encoder={config.text_encoder} holds a {type(encoder).__name__}; give a sentence encoder.")
+        _ = self._room
 
     def _open(self, path: str) -> Any:
         if self._opened is None or self._opened[0] != path:
@@ -409,8 +414,6 @@ class _Program:
 def _encoded(path: str, texts: Sequence[str], batch_size: int) -> np.ndarray:
     """A sentence encoder's vectors, [N, G] float32; texts are cut to what it reads."""
     module, params = models.load(path)
-    if not hasattr(module.config, "max_positions"):
-        raise ValueError(f"text_encoder={path} holds a {type(module).__name__}; give a sentence encoder.")
     tokenizer = models.load_tokenizer(path)
     run = jax.jit(lambda params, tokens, mask: module.apply({"params": params}, tokens, mask).pooled)
     longest = max(len(tokenizer(text)["input_ids"]) for text in texts)

@@ -1,8 +1,8 @@
 """Three domains of pictures with reports and questions, for retrieval: easy-VQA's shapes, and Tux Paint's animals and other things.
 
-A report is what its source tells of a picture: a shape's colour and form by easy-VQA's own answers, a stamp's sentence. Questions
-are of yes or no, as many of each: easy-VQA's own, and whether a sentence tells what a stamp shows, its own or that of another stamp
-of the domain. Pictures to be found, to ask about and held out are disjoint; sentences of stamps that are held out are in no report.
+A report is what its source tells of a picture: a shape's colour and form by easy-VQA's own answers, a stamp's sentence. Shapes are
+asked for their colour or their form, with all of these as options; stamps for what they show, which is to be answered with their
+sentence. Pictures to be found, to ask about and held out are disjoint; sentences of stamps that are held out are in no report.
 
     python -m jaxmethods.data.picture_reports --to build/picture_reports --stamps build/stamps
 """
@@ -57,13 +57,19 @@ def shapes(
     others = vqa.shuffled(test, seed)
 
     def asked(rows: Sequence[Row], count: int) -> list[Row]:
-        single = vqa.short_dialogues(rows, seed)
-        pairs = [
-            {"images": row["images"], "question": row["messages"][0]["content"].removeprefix(f"{vqa.MARKER}\n"),
-             "answer": row["messages"][1]["content"], "domain": DOMAINS[0], "options": ["yes", "no"]}
-            for row in single if row["messages"][1]["content"] in ("yes", "no")
-        ]  # fmt: skip
-        return pairs[:count]
+        made = []
+        for row in rows:
+            (one,) = vqa.shuffled([x for x in vqa.single_questions([row]) if x["kind"] != "yes or no"], seed)[:1] or (
+                None,
+            )
+            if one is not None:
+                options = sorted(vqa.COLOURS if one["kind"] == "colour" else vqa.SHAPES)
+                question = one["prompt"].removeprefix(f"{vqa.MARKER}\n")
+                made.append(
+                    {"images": row["images"], "question": question, "answer": one["answer"], "domain": DOMAINS[0],
+                     "options": options}
+                )  # fmt: skip
+        return made[:count]
 
     half = len(others) // 2
     return Part(found[:reports], asked(others[:half], questions), asked(others[half:], held_out))
@@ -74,18 +80,10 @@ def stamps(rows: Sequence[Row], domain: str, *, share: float, seed: int) -> Part
     others, held_out = vqa.split_by_caption(rows, share, seed)
     reports, asked = vqa.split_by_caption(others, share / (1 - share), seed + 1)
 
-    def questions(part: Sequence[Row]) -> list[Row]:
-        made = []
-        for number, row in enumerate(part):
-            following = (part[(number + step) % len(part)]["answer"] for step in range(1, len(part)))
-            other = next(text for text in following if text.casefold() != row["answer"].casefold())
-            said, answer = (row["answer"], "yes") if number % 2 == 0 else (other, "no")
-            asked = f'Does this picture show what the sentence "{said}" says?'
-            made.append(
-                {"images": row["images"], "question": asked, "answer": answer, "domain": domain, "options": ["yes", "no"]}
-            )  # fmt: skip
-        return made
-
+    asking = vqa.CAPTION.removeprefix(f"{vqa.MARKER}\n")
+    questions = lambda part: [
+        {"images": row["images"], "question": asking, "answer": row["answer"], "domain": domain} for row in part
+    ]
     bases = [{"images": row["images"], "report": row["answer"]} for row in reports]
     return Part(bases, questions(asked), questions(held_out))
 

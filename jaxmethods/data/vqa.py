@@ -53,17 +53,19 @@ def easy_vqa(split: str) -> list[Row]:
 
 
 def single_questions(rows: Iterable[Row]) -> list[Row]:
-    """Rows {"images", "prompt", "answer"}: each question alone."""
+    """Rows {"images", "prompt", "answer", "kind"}: each question alone; its kind is "colour", "shape" or "yes or no"."""
     out = []
     for row in rows:
         for asked, said in zip(row["messages"][::2], row["messages"][1::2], strict=True):
             question = asked["content"].removeprefix(f"{MARKER}\n")
-            out.append({"images": row["images"], "prompt": f"{MARKER}\n{question}", "answer": said["content"]})
+            answer = said["content"]
+            kind = "colour" if answer in COLOURS else "shape" if answer in SHAPES else "yes or no"
+            out.append({"images": row["images"], "prompt": f"{MARKER}\n{question}", "answer": answer, "kind": kind})
     return out
 
 
 def short_dialogues(rows: Iterable[Row], seed: int = 0, yes_no: int = 2) -> list[Row]:
-    """Rows {"images", "messages"}: of each picture some questions alone, and one dialogue of its colour, its shape, and what follows.
+    """Rows {"images", "messages"}: of each picture some questions alone, and one dialogue of colour, shape, and what follows.
 
     Asked all in one dialogue, the questions tell the answers of others ("what is the blue shape?"), and a model learns to read the
     dialogue and not the picture. Of what is asked alone, the answer can only be seen: some questions of yes or no, and one for the

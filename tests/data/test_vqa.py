@@ -76,11 +76,11 @@ def test_stamps_of_one_caption_stay_on_one_side():
 
 
 def test_questions_of_a_picture_one_by_one():
-    turns = [("user", "<image>\nwhat?"), ("assistant", "a circle"), ("user", "red?"), ("assistant", "no")]
+    turns = [("user", "<image>\nwhat?"), ("assistant", "circle"), ("user", "red?"), ("assistant", "no")]
     rows = [{"images": "0.png", "messages": [{"role": role, "content": text} for role, text in turns]}]
     assert vqa.single_questions(rows) == [
-        {"images": "0.png", "prompt": "<image>\nwhat?", "answer": "a circle"},
-        {"images": "0.png", "prompt": "<image>\nred?", "answer": "no"},
+        {"images": "0.png", "prompt": "<image>\nwhat?", "answer": "circle", "kind": "shape"},
+        {"images": "0.png", "prompt": "<image>\nred?", "answer": "no", "kind": "yes or no"},
     ]
 
 

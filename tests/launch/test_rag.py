@@ -236,4 +236,11 @@ def test_bad_rows_and_another_config(run, config, tmp_path):
         write_jsonl(tmp_path / "rows.jsonl", [row])
         with pytest.raises(ValueError, match=said):
             run_rag(dataclasses.replace(config, workdir=str(tmp_path / "new"), questions=str(tmp_path / "rows.jsonl")))
+    for changes, said in (
+        ({"text_encoder": config.model}, "holds a VLM; give a sentence encoder"),
+        ({"model": config.text_encoder}, "reads text alone; MMed-RAG asks about pictures"),
+        ({"max_new_tokens": 600}, "sequence_length=512 has no room for prompts before max_new_tokens=600"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run_rag(dataclasses.replace(config, workdir=str(tmp_path / "new"), **changes))
     assert not (tmp_path / "new").exists()

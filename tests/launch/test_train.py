@@ -158,6 +158,13 @@ def test_the_model_answers_evaluates_and_exports(whole, command, here, refused, 
     numbers = json.loads(done.stdout)
     assert numbers["after"]["nll"] < numbers["before"]["nll"]
     assert json.loads((workdir / "evaluation.json").read_text()) == numbers
+    rows = [{"prompt": "how many cats on mat?", "answer": "x", "kind": kind} for kind in ("a", "b", "a")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = ("evaluate", "completion", workdir, "--data", tmp_path / "rows.jsonl", "--max-new-tokens", "4")
+    by = json.loads(here(*line, "--by", "kind", "--json").stdout)["after"]["exact_by"]
+    assert list(by) == ["a", "b"] and set(by.values()) <= {0.0, 1.0}
+    assert "kind a (2)" in here(*line, "--by", "kind").stdout
+    assert "line 1: no field 'sort' for --by; the fields are prompt, answer, kind" in refused(*line, "--by", "sort")
     assert "depends on the token" in refused("export", workdir, "--to", tmp_path / "hf")
     assert "--format adapter" in refused("export", workdir, "--to", tmp_path / "peft", "--format", "peft")
     assert not (tmp_path / "hf").exists() and not (tmp_path / "peft").exists()
