@@ -42,4 +42,5 @@ def config() -> RetrievalAugmented:
             checkpoint_every=10,
         ),
         max_new_tokens=12,
+        right_above=0.6,  # two words of which one is "a" have 0.5
     )
