@@ -478,7 +478,7 @@ def _measured(name: str, rows: Sequence[Row], found: Sequence[Row], kinds: Mappi
 
 def _table(results: Sequence[Row], domains: Sequence[str]) -> Table:
     table = Table(title="held-out questions answered rightly")
-    for heading in ("model", "contexts", "reports", "right", *domains, "over-reliance"):
+    for heading in ("model", "contexts", "reports", "right", *domains, "over-\nreliance"):
         table.add_column(heading, justify="left" if heading in ("model", "contexts") else "right")
     for row in results:
         by = [f"{row['by_domain'][d]:.3f}" if d in row["by_domain"] else "" for d in domains]
