@@ -184,7 +184,9 @@ class _Program:
             raise ValueError(f"model={config.model} reads text alone; MMed-RAG asks about pictures.")
         encoder, _ = models.shapes(config.text_encoder)
         if not isinstance(encoder, TextEncoder):
-            raise ValueError(f"text_encoder={config.text_encoder} holds a {type(encoder).__name__}; give a sentence encoder.")
+            raise ValueError(
+                f"text_encoder={config.text_encoder} holds a {type(encoder).__name__}; give a sentence encoder."
+            )
         _ = self._room
 
     def _open(self, path: str) -> Any:

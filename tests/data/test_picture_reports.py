@@ -52,7 +52,11 @@ def test_shapes_are_told_in_reports_and_asked_about_in_other_pictures():
     assert not pictures[0] & pictures[1] and not pictures[1] & pictures[2] and not pictures[0] & pictures[2]
     shown = {row["images"]: picture_reports.told(row) for row in test}
     for row in part.questions + part.held_out:
-        assert row["answer"] in row["options"] and row["answer"] in shown[row["images"]] and "<image>" not in row["question"]
+        assert (
+            row["answer"] in row["options"]
+            and row["answer"] in shown[row["images"]]
+            and "<image>" not in row["question"]
+        )
         assert set(row["options"]) in (vqa.COLOURS, vqa.SHAPES) and row["domain"] == "shapes"
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxmethods.launch import config as run_config
 from jaxmethods.launch import reference, train
 from jaxmethods.launch.config import load_config
 from tests.launch.test_preference import room  # noqa: F401  # a fixture
@@ -189,6 +190,7 @@ def test_each_process_writes_its_share_of_a_checkpoint(one, two):
     assert max(halves) < 0.6 * whole
 
 
+@pytest.mark.ci
 def test_four_processes_two_of_them_with_the_same_rows_give_the_losses_of_one(one, recipe, tmp_path):
     made = run(recipe, tmp_path / "run", "--mesh", "fsdp=2,tensor=2", count=4)
     assert_same_losses(made.workdir, one)
@@ -209,6 +211,7 @@ def test_two_processes_of_two_devices_as_the_documents_start_them(one, recipe, t
     assert_same_losses(tmp_path / "run", one)
 
 
+@pytest.mark.ci
 def test_four_processes_with_tensor_go_on_from_two_with_fsdp(one, two, recipe, tmp_path):
     workdir = at_step(two, 6, tmp_path / "run")
     made = run(recipe, workdir, "--mesh", "fsdp=1,tensor=4", count=4)
@@ -259,7 +262,7 @@ def test_a_folder_that_is_not_shared_and_processes_of_different_runs_are_refused
     ours = load_config(str(recipe))
     with pytest.raises(ValueError, match=r"config.json, which process 0 wrote, is not to be seen from process 0"):
         train._find_claim(tmp_path, ours, patience=0.0)
-    train._claim(tmp_path, ours)
+    run_config.claim(tmp_path, ours)
     train._find_claim(tmp_path, ours)
     with pytest.raises(ValueError, match="give all processes the same config and flags"):
         train._find_claim(tmp_path, dataclasses.replace(ours, checkpoint_every=5), patience=0.0)

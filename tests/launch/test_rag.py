@@ -117,7 +117,9 @@ def rows_of(config, name):
 def test_contexts_are_of_the_domain_and_never_of_the_own_picture(run, config):
     for name in ("questions", "held_out"):
         for row, found in zip(rows_in(getattr(config, name)), rows_of(config, f"contexts/{name}"), strict=True):
-            assert found["prompt"] == row["question"] and found["domain"] == row["domain"] and len(found["reports"]) == 3
+            assert (
+                found["prompt"] == row["question"] and found["domain"] == row["domain"] and len(found["reports"]) == 3
+            )
             assert all(text.endswith(found["domain"]) for text in found["reports"])
             assert found["similarities"] == sorted(found["similarities"], reverse=True) and 1 <= found["kept"] <= 3
     # The first question is about a picture that is in the base: of two red ones on this ground one is left.

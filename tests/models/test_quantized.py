@@ -73,6 +73,7 @@ def test_a_layer_that_does_not_divide_is_named_before_anything_is_read(tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_the_real_model_loses_nothing_in_four_bits_and_next_to_nothing_in_eight(smollm2_file):
     module, plain = models.load(smollm2_file)
     tokens = np.random.default_rng(0).integers(0, 40_000, (2, 32)).astype(np.int32)

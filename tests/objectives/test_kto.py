@@ -140,8 +140,8 @@ def test_no_gradient_goes_through_the_reference_point():
     ("adapter", "sees", "axes"),
     [
         ("lora", False, ()),
-        pytest.param("full", False, (), marks=pytest.mark.slow),
-        pytest.param("smore", True, (("data", 2), ("fsdp", 4)), marks=pytest.mark.slow),
+        pytest.param("full", False, (), marks=[pytest.mark.slow, pytest.mark.ci]),
+        pytest.param("smore", True, (("data", 2), ("fsdp", 4)), marks=[pytest.mark.slow, pytest.mark.ci]),
         pytest.param("s2ft", False, (("fsdp", 4), ("tensor", 2)), marks=pytest.mark.slow),
     ],
 )
