@@ -18,7 +18,6 @@ import dataclasses
 import importlib
 import io
 import math
-import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -29,16 +28,14 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from jaxmethods import adapters, data, models, sharding, tree
+from jaxmethods import data, models, sharding, tree
 from jaxmethods.evals import completion
 from jaxmethods.launch import config as run_config
-from jaxmethods.launch import progress
 from jaxmethods.launch.assembly import assemble, load_model, model_shapes
 from jaxmethods.launch.config import Run
 from jaxmethods.launch.metrics import write_whole
-from jaxmethods.launch.opening import open_model
-from jaxmethods.launch.phases import Phases, Row, read_rows, write_rows
-from jaxmethods.launch.train import RunFailed, train
+from jaxmethods.launch.phases import Phases, Row, begin, read_rows, write_rows
+from jaxmethods.launch.train import RunFailed
 from jaxmethods.objectives import CREAM, cream
 
 
@@ -151,11 +148,7 @@ def run_rounds(loop: SelfRewarding, *, console: Console | None = None) -> list[R
         ValueError, FileNotFoundError: the config asks for something that cannot be.
         RunFailed: a training failed, or a round has no pair.
     """
-    console = progress.tolerant(console or Console())
-    workdir = epath.Path(loop.workdir)
-    if loop.sft.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(loop.sft.compilation_cache))
-    run_config.check_folder(workdir, loop)
+    console, workdir = begin(loop, loop.sft.compilation_cache, console)
     prompts = _rows(loop.prompts, "prompts", answers=loop.reward == "oracle")
     held_out = _rows(loop.held_out, "held_out", answers=True)
     if len(prompts) < loop.rounds:
@@ -373,16 +366,10 @@ class _Program:
         """Trains a run, or goes on with it, and saves its model with adapters fused."""
         if not target.exists():
             self._opened = None  # its memory is wanted
-            with self.phases.timed(f"round_{number}/train"):
-                last = train(run, console=self.console)
-                if last["step"] < run.steps:
-                    raise _Stopped
-                opened = open_model(run.workdir)
-                module, params = opened.module, opened.params
-                if run.adapters:
-                    module, params = adapters.merge(module, params)
-                models.save(str(target), module, params, tokenizer=opened.tokenizer)
-        return str(target)
+        path = self.phases.trained(f"round_{number}/train", run, target)
+        if path is None:
+            raise _Stopped
+        return path
 
     def _open(self, path: str) -> tuple[Any, tree.Tree]:
         """A model, on one device, in the rounds' precision; the last one is kept."""
@@ -440,7 +427,7 @@ def _reward_of(loop: SelfRewarding) -> Callable[[Row, str], float] | None:
 
 
 def _agrees(row: Mapping[str, Any], said: str) -> bool:
-    return completion.plain(said) == completion.plain(str(row["answer"]))
+    return completion.same(said, str(row["answer"]))
 
 
 def _answered(prompt: Any, answer: str) -> Row:

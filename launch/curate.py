@@ -137,36 +137,32 @@ def curate(options: Curate) -> None:
     maker = _Maker(options, opened, rows)
     if not begun:
         write_whole(f"{stem}.settings.json", (json.dumps(settings, indent=2) + "\n").encode())
-    with (
-        _Lines(f"{stem}.text.jsonl") as text,
-        _Lines(f"{stem}.visual.jsonl") as visual,
-        _Lines(f"{stem}.skipped.jsonl") as skipped,
-    ):
-        if options.again:
-            skipped.keep(lambda row: row["why"] != "judge")
-        if text.rows or visual.rows or skipped.rows:
-            there = f"{len(text.rows)} text pairs, {len(visual.rows)} visual pairs and {len(skipped.rows)} skipped ones"
-            console.print(f"goes on: {there} were there", highlight=False)
-        done = {(row["kind"], row["id"]) for row in (*text.rows, *visual.rows, *skipped.rows)}
-        wanted = lambda row: ("text", "visual") if row.row.get("heat_map") is not None else ("text",)
-        left = {row.id: [kind for kind in wanted(row) if (kind, row.id) not in done] for row in rows}
-        made: dict[str, Any] | Failed | None
-        with console.status("curating") as status:
-            for start in range(0, len(rows), options.batch_size):
-                chunk = rows[start : start + options.batch_size]
-                say = lambda what, start=start: status.update(f"from row {start + 1} of {len(rows)}: {what}")
-                # All of a chunk or nothing, so that what is drawn does not depend on where an interrupt came.
-                asks = any("text" in left[row.id] for row in chunk)
-                pairs = maker.text(chunk, say) if asks else [None] * len(chunk)
-                for row, pair in zip(chunk, pairs, strict=True):
-                    for kind in left[row.id]:
-                        made = pair if kind == "text" else maker.visual(row)
-                        if isinstance(made, Failed):
-                            about = {"id": row.id, "kind": kind, "row": row.place}
-                            skipped.append(about | {"why": _why(made), "reason": made.reason})
-                        elif made is not None:
-                            (text if kind == "text" else visual).append(made)
-        _report(console, stem, text.rows, visual.rows, skipped.rows)
+    text, visual, skipped = (_Lines(f"{stem}.{kind}.jsonl") for kind in ("text", "visual", "skipped"))
+    if options.again:
+        skipped.keep(lambda row: row["why"] != "judge")
+    if text.rows or visual.rows or skipped.rows:
+        there = f"{len(text.rows)} text pairs, {len(visual.rows)} visual pairs and {len(skipped.rows)} skipped ones"
+        console.print(f"goes on: {there} were there", highlight=False)
+    done = {(row["kind"], row["id"]) for row in (*text.rows, *visual.rows, *skipped.rows)}
+    wanted = lambda row: ("text", "visual") if row.row.get("heat_map") is not None else ("text",)
+    left = {row.id: [kind for kind in wanted(row) if (kind, row.id) not in done] for row in rows}
+    made: dict[str, Any] | Failed | None
+    with console.status("curating") as status:
+        for start in range(0, len(rows), options.batch_size):
+            chunk = rows[start : start + options.batch_size]
+            say = lambda what, start=start: status.update(f"from row {start + 1} of {len(rows)}: {what}")
+            # All of a chunk or nothing, so that what is drawn does not depend on where an interrupt came.
+            asks = any("text" in left[row.id] for row in chunk)
+            pairs = maker.text(chunk, say) if asks else [None] * len(chunk)
+            for row, pair in zip(chunk, pairs, strict=True):
+                for kind in left[row.id]:
+                    made = pair if kind == "text" else maker.visual(row)
+                    if isinstance(made, Failed):
+                        about = {"id": row.id, "kind": kind, "row": row.place}
+                        skipped.append(about | {"why": _why(made), "reason": made.reason})
+                    elif made is not None:
+                        (text if kind == "text" else visual).append(made)
+    _report(console, stem, text.rows, visual.rows, skipped.rows)
 
 
 class _Unfit(Failed):
@@ -402,8 +398,6 @@ class _Lines:
     def __init__(self, path: str):
         self._path = path
         self.rows: list[dict[str, Any]] = []
-
-    def __enter__(self) -> _Lines:
         before = Path(self._path).read_bytes() if Path(self._path).exists() else b""
         whole = before[: before.rfind(b"\n") + 1]
         if whole != before:
@@ -413,10 +407,6 @@ class _Lines:
                 self.rows.append(json.loads(line))
             except ValueError:
                 raise ValueError(f"{self._path}, line {number} is no JSON object; mend or delete that line.") from None
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
 
     def append(self, row: Mapping[str, Any]) -> None:
         with open(self._path, "a", encoding="utf-8") as file:

@@ -235,7 +235,7 @@ def _exact_by(result: completion.Completion, rows: Sequence[dict[str, Any]], fie
     """Value of a field -> the share of its rows whose answers are the given ones; values in order of their rows."""
     right: dict[str, list[bool]] = {}
     for answer, row in zip(result.answers, rows, strict=True):
-        right.setdefault(str(row[field]), []).append(completion.plain(answer) == completion.plain(row["answer"]))
+        right.setdefault(str(row[field]), []).append(completion.same(answer, row["answer"]))
     return {value: float(np.mean(some)) for value, some in right.items()}
 
 

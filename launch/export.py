@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from etils import epath
 
-from jaxmethods import adapters, models
-from jaxmethods.launch.opening import open_model
+from jaxmethods import adapters, models, tree
+from jaxmethods.launch.opening import Opened, open_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +36,7 @@ def export(options: Export) -> None:
     if opened.run is None:
         raise ValueError(f"{options.run} is no run's work folder; export takes what `jaxmethods train` wrote.")
     if options.format == "hf":
-        module, params = opened.module, {name: x for name, x in opened.params.items() if name != "objective"}
-        if opened.run.adapters:
-            module, params = adapters.merge(module, params)
+        module, params = fused(opened)
         if "objective" in opened.params:
             print(
                 f"left out: the objective's own {', '.join(opened.params['objective'])}, for which that layout has no place"
@@ -52,3 +50,11 @@ def export(options: Export) -> None:
         write(target, opened.module, opened.params, **base)
     size = sum(f.stat().length for f in target.iterdir())
     print(f"wrote {options.to} ({options.format}, {size / 1e6:.1f} MB, step {opened.step} of {options.run})")
+
+
+def fused(opened: Opened) -> tuple[Any, tree.Tree]:
+    """(module, parameters) of a run's model with adapters fused, without the objective's own."""
+    module, params = opened.module, {name: x for name, x in opened.params.items() if name != "objective"}
+    if opened.run is not None and opened.run.adapters:
+        return adapters.merge(module, params)
+    return module, params

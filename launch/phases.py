@@ -9,17 +9,39 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+from etils import epath
 from rich.console import Console
 
+from jaxmethods import models
+from jaxmethods.launch import progress
+from jaxmethods.launch.config import Run, check_folder
+from jaxmethods.launch.export import fused
 from jaxmethods.launch.metrics import write_whole
+from jaxmethods.launch.opening import open_model
+from jaxmethods.launch.train import train
 
 Row = dict[str, Any]
 SECONDS = 30.0
 """Between two writings of a phase that is under way, at least."""
+
+
+def begin(config: Any, cache: str | None, console: Console | None) -> tuple[Console, Any]:
+    """(console, work folder) of a program; compiled programs are kept in `cache`.
+
+    Raises:
+        ValueError: the folder holds another config, or anything else.
+    """
+    if cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
+    workdir = epath.Path(config.workdir)
+    check_folder(workdir, config)
+    return progress.tolerant(console or Console()), workdir
 
 
 class Phases:
@@ -67,6 +89,20 @@ class Phases:
         partial.replace(file)
         self.say(f"{title}: {count} prompts in {self.seconds()[name]:.0f} s")
         return rows
+
+    def trained(self, name: str, run: Run, target: Any) -> str | None:
+        """The folder with a run's model, adapters fused; None where a signal ended its training, which goes on from there.
+
+        Raises:
+            RunFailed: as `train`.
+        """
+        if not target.exists():
+            with self.timed(name):
+                if train(run, console=self._console)["step"] < run.steps:
+                    return None
+                opened = open_model(run.workdir)
+                models.save(str(target), *fused(opened), tokenizer=opened.tokenizer)
+        return str(target)
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:

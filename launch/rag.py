@@ -23,22 +23,18 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
-from etils import epath
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from jaxmethods import adapters, data, images, models, retrieval, tree
+from jaxmethods import data, images, models, retrieval, tree
 from jaxmethods.evals import answers, completion, reliance
 from jaxmethods.launch import config as run_config
-from jaxmethods.launch import progress
 from jaxmethods.launch.config import Run
 from jaxmethods.launch.opening import open_model
-from jaxmethods.launch.phases import Phases, Row, write_rows
-from jaxmethods.launch.train import RunFailed, train
-from jaxmethods.models.efficientnet import EfficientNet
+from jaxmethods.launch.phases import Phases, Row, begin, write_rows
+from jaxmethods.launch.train import RunFailed
 from jaxmethods.models.text_encoder import TextEncoder
-from jaxmethods.models.vision import VisionConfig, VisionTower
 from jaxmethods.objectives import Preference, mmed_rag
 
 CONTEXTS = ("alone", "fixed", "adaptive")
@@ -138,11 +134,7 @@ def run_rag(config: RetrievalAugmented, *, console: Console | None = None) -> li
         ValueError, FileNotFoundError: the config asks for something that cannot be.
         RunFailed: the training failed, or no question makes a pair.
     """
-    console = progress.tolerant(console or Console())
-    workdir = epath.Path(config.workdir)
-    if config.training.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.training.compilation_cache))
-    run_config.check_folder(workdir, config)
+    console, workdir = begin(config, config.training.compilation_cache, console)
     names = [domain.name for domain in config.domains]
     asked = {name: _questions(getattr(config, name), names) for name in ("questions", "held_out")}
     reports = {domain.name: _reports(domain.reports) for domain in config.domains}
@@ -266,16 +258,9 @@ class _Program:
 
     def _seen_by_tower(self, pictures: Sequence[str]) -> np.ndarray:
         opened = self._open(self.config.model)
-        sight = opened.module.sight
-        kind: Any = VisionTower if isinstance(sight.tower, VisionConfig) else EfficientNet
-        see = jax.jit(lambda params, x: kind(sight.tower).apply({"params": params}, x).features.mean(axis=1))
-        params, made, size = opened.params["vision_tower"], [], self.config.batch_size
-        one = sight.format.one_crop
-        for start in range(0, len(pictures), size):
-            some = [images.prepare(images.open_picture(p, p), one).crops[0] for p in pictures[start : start + size]]
-            some += some[-1:] * (size - len(some))  # one shape
-            made.append(np.asarray(see(params, np.stack(some)), np.float32))
-        return np.concatenate(made)[: len(pictures)]
+        tower = opened.params["vision_tower"]
+        seen = models.tower_features(opened.module.sight, tower, pictures, batch_size=self.config.batch_size)
+        return np.concatenate([some.mean(axis=1) for some in seen])
 
     def _texts(self, name: str, texts: Sequence[str]) -> np.ndarray:
         return self._kept(name, lambda: _encoded(self.config.text_encoder, texts, self.config.batch_size))
@@ -344,7 +329,7 @@ class _Program:
 
     def _right(self, row: Row, said: str) -> bool:
         if row.get("options"):
-            return completion.plain(said) == completion.plain(row["answer"])
+            return completion.same(said, row["answer"])
         return completion.rouge_l(said, row["answer"]) >= self.config.right_above
 
     def noise(self, rows: Sequence[Row]) -> list[str]:
@@ -396,21 +381,13 @@ class _Program:
             write_rows(file, pairs)
         self.say(f"{len(pairs)} pairs: " + ", ".join(f"{n} {subset}" for subset, n in counts.items()))
         if not target.exists():
-            self._opened = None
-            run = dataclasses.replace(
-                self.config.training, model=self.config.model, workdir=str(self.workdir / "train"),
-                steps=max(1, -(-len(pairs) * self.config.epochs // self.config.training.batch_size)),
-                data=dataclasses.replace(self.config.training.data, train=str(file)),
-            )  # fmt: skip
-            with self.phases.timed("train"):
-                if train(run, console=self.console)["step"] < run.steps:
-                    return None
-                opened = open_model(run.workdir)
-                module, params = opened.module, opened.params
-                if run.adapters:
-                    module, params = adapters.merge(module, params)
-                models.save(str(target), module, params, tokenizer=opened.tokenizer)
-        return str(target)
+            self._opened = None  # its memory is wanted
+        run = dataclasses.replace(
+            self.config.training, model=self.config.model, workdir=str(self.workdir / "train"),
+            steps=-(-len(pairs) * self.config.epochs // self.config.training.batch_size),
+            data=dataclasses.replace(self.config.training.data, train=str(file)),
+        )  # fmt: skip
+        return self.phases.trained("train", run, target)
 
 
 def _encoded(path: str, texts: Sequence[str], batch_size: int) -> np.ndarray:

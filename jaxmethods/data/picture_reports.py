@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxmethods.data import vqa
-from jaxmethods.data.sources import write_jsonl
+from jaxmethods.data.sources import write_all
 from jaxmethods.data.vqa import Row
 
 DOMAINS = ("shapes", "animals", "things")
@@ -118,10 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         files = {f"reports_{name}.jsonl": part.reports for name, part in zip(DOMAINS, parts, strict=True)}
         files["questions.jsonl"] = [row for part in parts for row in part.questions]
         files["questions_heldout.jsonl"] = [row for part in parts for row in part.held_out]
-        options.to.mkdir(parents=True, exist_ok=True)
-        for name, rows in files.items():
-            write_jsonl(options.to / name, rows)
-            print(f"{options.to / name}: {len(rows):,} rows")
+        write_all(options.to, files)
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from jaxmethods.data.sources import write_jsonl
+from jaxmethods.data.sources import write_all
 
 _UNITS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
@@ -117,10 +117,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help="rows of this part")
     options = parser.parse_args()
     quiz = make(seed=options.seed, sft=options.sft, prompts=options.prompts, held_out=options.held_out)
-    options.to.mkdir(parents=True, exist_ok=True)
-    for name, rows in zip(("sft", "prompts", "heldout"), quiz, strict=True):
-        write_jsonl(options.to / f"{name}.jsonl", rows)
-        print(f"wrote {options.to / name}.jsonl: {len(rows)} rows")
+    write_all(options.to, dict(zip(("sft.jsonl", "prompts.jsonl", "heldout.jsonl"), quiz, strict=True)))
 
 
 if __name__ == "__main__":

@@ -258,6 +258,14 @@ def write_jsonl(path: str | os.PathLike[str], rows: Sequence[Record]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def write_all(folder: str | os.PathLike[str], files: Mapping[str, Sequence[Record]]) -> None:
+    """Writes JSON lines to each of the named files of a folder, which is made, and says how many."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        write_jsonl(Path(folder) / name, rows)
+        print(f"{Path(folder) / name}: {len(rows):,} rows")
+
+
 def _blank(line: bytes) -> bool:
     return not line.removeprefix(b"\xef\xbb\xbf").strip()
 

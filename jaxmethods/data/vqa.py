@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmethods.data.pictures import MARKER
-from jaxmethods.data.sources import write_jsonl
+from jaxmethods.data.sources import write_all
 
 Row = dict[str, Any]
 
@@ -204,10 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "captions.jsonl": train,
             "captions_heldout.jsonl": held_out,
         }
-        options.to.mkdir(parents=True, exist_ok=True)
-        for name, rows in files.items():
-            write_jsonl(options.to / name, rows)
-            print(f"{options.to / name}: {len(rows):,} rows")
+        write_all(options.to, files)
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

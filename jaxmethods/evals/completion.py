@@ -78,13 +78,18 @@ def evaluate(
         max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress,
     )  # fmt: skip
     overlap = [rouge_l(answer, row["answer"]) for answer, row in zip(answers, rows, strict=True)]
-    exact = [plain(answer) == plain(row["answer"]) for answer, row in zip(answers, rows, strict=True)]
+    exact = [same(answer, row["answer"]) for answer, row in zip(answers, rows, strict=True)]
     return Completion(nll, float(np.mean(overlap)), float(np.mean(exact)), tuple(answers))
 
 
 def plain(text: str) -> str:
     """The words of a text, in lower case, with one space between them."""
     return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def same(said: str, answer: str) -> bool:
+    """Whether an answer is the given one, but for case, punctuation and white space."""
+    return plain(said) == plain(answer)
 
 
 def majority(rows: Sequence[Mapping[str, Any]]) -> tuple[str, float]:

@@ -1,7 +1,7 @@
 """What is trained: models as Flax modules, and the ways in and out of them."""
 
 from jaxmethods.models.architectures import RULES
-from jaxmethods.models.composing import vlm_config, with_eyes, with_eyes_shapes
+from jaxmethods.models.composing import tower_features, vlm_config, with_eyes, with_eyes_shapes
 from jaxmethods.models.decoder import Decoder, DecoderConfig, KVCache, Output, RopeScaling
 from jaxmethods.models.dual import DualConfig, DualEncoder
 from jaxmethods.models.efficientnet import EfficientNet, EfficientNetConfig
@@ -21,5 +21,5 @@ __all__ = [
     "EncoderConfig", "Images", "KVCache", "Output", "RopeScaling", "Sight", "TextEncoder", "TextEncoderConfig", "VLMConfig",
     "VisionConfig", "VisionTower", "dequantize", "hidden_states", "load", "load_tokenizer", "logits", "logits_of", "part_of",
     "pictures", "quantize", "revision", "save", "sequence_logps", "shapes", "target_logps", "unembedding", "vlm_config",
-    "with_eyes", "with_eyes_shapes",
+    "with_eyes", "with_eyes_shapes", "tower_features",
 ]  # fmt: skip

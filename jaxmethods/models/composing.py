@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from jaxmethods import tree
 from jaxmethods.images import ImageFormat, open_picture, prepare
@@ -91,8 +91,9 @@ def with_eyes(
     seen = huggingface.read_params(files.resolve(tower), config.sight.tower, dtype=dtype, shardings=placed)
     projector = _draw_projector(config, dtype, key)
     if pictures:
-        told = _features(config, seen, pictures)
-        projector["projector"]["linear_1"] = _whitened(projector["projector"]["linear_1"], told)
+        told = np.concatenate(list(tower_features(config.sight, seen, pictures)))
+        flat = told.reshape(-1, told.shape[-1]).astype(np.float64)
+        projector["projector"]["linear_1"] = _whitened(projector["projector"]["linear_1"], flat)
     if mesh is not None:
         projector = jax.device_put(projector, shardings_for(projector, mesh, architectures.RULES))
     return _seeing(module, config), params | {"vision_tower": seen} | projector
@@ -126,18 +127,26 @@ _DAMPING = 0.02
 """Of the largest variance, added to all: directions of less are left smaller than one."""
 
 
-def _features(config: VLMConfig, tower: Tree, pictures: Sequence[Any], rows: int = 32) -> np.ndarray:
-    """The tower's features of pictures, [features, width]; float32 and one device, so that a mesh changes nothing."""
-    kind: Any = VisionTower if isinstance(config.sight.tower, VisionConfig) else EfficientNet
-    params = jax.device_get(tower)
-    apply = jax.jit(lambda params, x: kind(config.sight.tower).apply({"params": params}, x).features)
-    crops = [
-        prepare(open_picture(picture, "a picture to whiten by"), config.sight.format).crops for picture in pictures
-    ]
-    pixels = np.concatenate(crops)
-    pixels = np.concatenate([pixels, np.zeros_like(pixels, shape=(-len(pixels) % rows, *pixels.shape[1:]))])
-    made = [np.asarray(apply(params, pixels[i : i + rows]), np.float64) for i in range(0, len(pixels), rows)]
-    return np.concatenate(made)[: sum(map(len, crops))].reshape(-1, made[0].shape[-1])
+def tower_features(
+    sight: Sight, tower: Tree, pictures: Sequence[Any], *, batch_size: int = 32
+) -> Iterator[Float[np.ndarray, "pictures places width"]]:
+    """A vision tower's features of pictures, so many at once; float32, on one device, each picture as one crop.
+
+    Args:
+        tower: its parameters.
+        pictures: what `images.open_picture` opens.
+
+    Raises:
+        ValueError, FileNotFoundError: a picture that cannot be read.
+    """
+    kind: Any = VisionTower if isinstance(sight.tower, VisionConfig) else EfficientNet
+    params, form = jax.device_get(tower), sight.format.one_crop
+    apply = jax.jit(lambda params, x: kind(sight.tower).apply({"params": params}, x).features)
+    for start in range(0, len(pictures), batch_size):
+        some = enumerate(pictures[start : start + batch_size], start + 1)
+        crops = [prepare(open_picture(picture, f"picture {number}"), form).crops for number, picture in some]
+        pixels = np.concatenate(crops + crops[-1:] * (batch_size - len(crops)))  # one shape
+        yield np.asarray(apply(params, pixels), np.float32)[: len(crops)]
 
 
 def _whitened(layer: Tree, features: np.ndarray) -> Tree:

