@@ -38,6 +38,8 @@ class Options:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the adapters' start and of the order of the rows."""
+    arms: tuple[str, ...] = ("before", "language", "contrastive", "both")
+    """Some of these; "before" with the first seed alone."""
     results: Path = Path("benchmarks/results/cafe_study.jsonl")
     """One row a run."""
     to: Path | None = None
@@ -48,8 +50,12 @@ class Options:
 
 def main() -> None:
     options = tyro.cli(Options)
+    if unknown := [arm for arm in options.arms if arm not in ("before", *ARMS)]:
+        sys.exit(f"arms {', '.join(unknown)} are none of before, {', '.join(ARMS)}.")
     for seed in options.seeds:
-        for arm in ("before", *ARMS) if seed == options.seeds[0] else ARMS:
+        for arm in options.arms:
+            if arm == "before" and seed != options.seeds[0]:
+                continue
             if not any((row["arm"], row["seed"]) == (arm, seed) for row in _rows(options)):
                 row = _measured(arm, seed, options)
                 with options.results.open("a") as file:
@@ -89,7 +95,7 @@ def _measured(arm: str, seed: int, options: Options) -> dict[str, Any]:
         "recall": {way: found[way]["recall"] for way in ways},
         "mean_reciprocal_rank": {way: found[way]["mean_reciprocal_rank"] for way in ways},
         "modality_gap": found["modality_gap"], "nll": captions["after"]["nll"], "rouge_l": captions["after"]["rouge_l"],
-        "date": str(date.today()), "cpu": processes.cpu(),
+        "date": str(date.today()), "machine": processes.machine(),
     }  # fmt: skip
 
 
@@ -115,7 +121,7 @@ def _write(page: Path, rows: Sequence[dict[str, Any]]) -> None:
     }
     first = rows[0]
     lines = [
-        f"{first['date']}, {first['cpu']}: {first['images']} held-out pictures, {first['captions']} captions; mean over seeds and, "
+        f"{first['date']}, {first['machine']}: {first['images']} held-out pictures, {first['captions']} captions; mean over seeds and, "
         "in brackets, standard deviation.",
         "",
         "| arm | seeds | " + " | ".join(name.strip() for name in columns) + " |",

@@ -83,7 +83,7 @@ def _measured(arm: str, seed: int, options: Options) -> list[dict[str, Any]]:
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{arm}, seed {seed} failed:\n{done.stderr[-2000:]}")
-    told = {"arm": arm, "seed": seed, "date": str(date.today()), "cpu": processes.cpu()}
+    told = {"arm": arm, "seed": seed, "date": str(date.today()), "machine": processes.machine()}
     return [told | json.loads(row) for row in (workdir / "rounds.jsonl").read_text().splitlines()]
 
 
@@ -93,7 +93,7 @@ def _write(page: Path, rows: Sequence[dict[str, Any]]) -> None:
     arms = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]
     seeds = len({row["seed"] for row in rows})
     lines = [
-        f"{rows[0]['date']}, {rows[0]['cpu']}: held-out accuracy, greedy; mean over {seeds} seeds and, in brackets, standard "
+        f"{rows[0]['date']}, {rows[0]['machine']}: held-out accuracy, greedy; mean over {seeds} seeds and, in brackets, standard "
         "deviation.",
         "",
         "| arm | " + " | ".join(models) + " | minutes without SFT |",

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,16 @@ def peak_bytes() -> int:
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
+
+
+def machine() -> str:
+    """The GPU that JAX would take, or else the processor."""
+    if os.environ.get("JAX_PLATFORMS", "cuda") != "cpu" and shutil.which("nvidia-smi"):
+        line = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        names = subprocess.run(line, capture_output=True, text=True, check=False).stdout.split("\n")
+        if names[0]:
+            return f"one {names[0].strip()}"
+    return cpu()
 
 
 def cpu() -> str:

@@ -33,11 +33,20 @@ def timed(
     Args:
         prepare: from the adapted module and its parameters to other parameters of it.
     """
-    from jaxmethods import models, tree
-    from jaxmethods.launch import cost
+    from jaxmethods import models
 
     module, params = models.load(MODEL)
-    step, state, frozen, data = _step(module.clone(remat=remat), params, chosen, rows, length, prepare, real=True)
+    return timed_of(module.clone(remat=remat), params, chosen, rows, length, count, prepare)
+
+
+def timed_of(
+    module: Any, params: Any, chosen: Mapping[str, Any], rows: int, length: int, count: int, prepare: Any = None
+) -> dict[str, float]:
+    """The same for a model that is at hand; its parameters are taken."""
+    from jaxmethods import tree
+    from jaxmethods.launch import cost
+
+    step, state, frozen, data = _step(module, params, chosen, rows, length, prepare, real=True)
     del params
     start = time.perf_counter()
     compiled = step.lower(state, frozen, data).compile()
