@@ -121,8 +121,8 @@ def _write(page: Path, rows: Sequence[dict[str, Any]]) -> None:
     }
     first = rows[0]
     lines = [
-        f"{first['date']}, {first['machine']}: {first['images']} held-out pictures, {first['captions']} captions; mean over seeds and, "
-        "in brackets, standard deviation.",
+        f"{first['date']}, {first['machine']}: {first['images']} held-out pictures, {first['captions']} captions; mean over seeds "
+        "and, in brackets, standard deviation.",
         "",
         "| arm | seeds | " + " | ".join(name.strip() for name in columns) + " |",
         "| --- | ---: |" + " ---: |" * len(columns),

@@ -79,10 +79,7 @@ def operation(name: str, form: str) -> tuple[Callable[..., Any], tuple[Any, ...]
         return jax.value_and_grad(of, (0, 1, 2, 3)), (*rows, jnp.ones(32768), jnp.ones(32768))
     places = jnp.tile(jnp.arange(4096), (4, 1))
     q, k, v = normal(0, 4, 4096, 32, 128), normal(1, 4, 4096, 8, 128), normal(2, 4, 4096, 8, 128)
-    if form == "cudnn":
-        of = lambda *qkv: jax.nn.dot_product_attention(*qkv, is_causal=True, implementation="cudnn")
-    else:
-        of = lambda *qkv: kernels.attention(*qkv, q_positions=places, kv_positions=places, implementation=form)
+    of = lambda *qkv: kernels.attention(*qkv, q_positions=places, kv_positions=places, implementation=form)
     return jax.value_and_grad(lambda *qkv: of(*qkv).astype("float32").sum(), (0, 1, 2)), (q, k, v)
 
 
@@ -106,12 +103,12 @@ def step_here(o: Options, attention: str | None) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from jaxmethods import adapters, models
+    from jaxmethods import adapters, models, tree
 
     module, shapes = models.shapes(MODEL, dtype=jnp.bfloat16)
     draw = jax.jit(lambda i, like: 0.02 * jax.random.normal(jax.random.key(i), like, jnp.bfloat16), static_argnums=1)
-    leaves, tree = jax.tree.flatten(shapes)
-    params = jax.tree.unflatten(tree, [draw(i, leaf.shape) for i, leaf in enumerate(leaves)])
+    one = lambda i, path, leaf: jnp.ones(leaf.shape, leaf.dtype) if path.endswith("scale") else draw(i, leaf.shape)
+    params = tree.unflatten({path: one(i, path, leaf) for i, (path, leaf) in enumerate(tree.flatten(shapes).items())})
     module = module.clone(remat="full", attention=attention)
     chosen = {"(" + "|".join(MAPS) + ")": adapters.LoRA(rank=o.rank, alpha=2 * o.rank)}
     found = steps.timed_of(module, params, chosen, o.rows, o.length, o.count)
@@ -156,7 +153,8 @@ def step_in_torch(o: Options) -> dict[str, float]:
 
 
 STEPS: dict[str, Callable[[Options], dict[str, float]]] = {
-    "jaxmethods": lambda o: step_here(o, None),
+    "jaxmethods, rows that may be packed": lambda o: step_here(o, None),
+    "jaxmethods, rows of one example": lambda o: step_here(o, "cudnn"),
     "torch + transformers + peft": step_in_torch,
 }
 
@@ -207,8 +205,8 @@ def _page(o: Options, found: dict[str, dict[str, float] | None]) -> str:
                 )
     lines += ["", *(f"- {name}: {size}" for name, size in SIZES.items()), ""]
     lines += [
-        f"A LoRA step (rank {o.rank}, every linear map) of a decoder of Llama-3-8B's shape, {o.rows} x {o.length} tokens, bfloat16, "
-        "every layer computed again in the backward pass:",
+        f"A LoRA step (rank {o.rank}, every linear map) of a decoder of Llama-3-8B's shape, {o.rows} x {o.length} tokens, "
+        "bfloat16, every layer computed again in the backward pass:",
         "",
         "| library | trained | tokens/s | ratio | GiB | share of the GPU's rate |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -218,9 +216,8 @@ def _page(o: Options, found: dict[str, dict[str, float] | None]) -> str:
         if r := found.get(f"step|{name}"):
             ratio = f"{theirs['seconds'] / r['seconds']:.2f}" if theirs else ""
             share = f"{r['matmul_flops'] / r['seconds'] / 989e12:.0%}" if "matmul_flops" in r else ""
-            lines.append(
-                f"| {name} | {r['trained']:,.0f} | {o.rows * o.length / r['seconds']:,.0f} | {ratio} | {r['memory'] / 2**30:.1f} | {share} |"
-            )
+            rate, memory = o.rows * o.length / r["seconds"], r["memory"] / 2**30
+            lines.append(f"| {name} | {r['trained']:,.0f} | {rate:,.0f} | {ratio} | {memory:.1f} | {share} |")
     return "\n".join(lines)
 
 

@@ -36,8 +36,8 @@ def config() -> RetrievalAugmented:
             data=Data(sequence_length=224, pack=False),
             workdir="",
             adapters={"model/layers/.*_proj": LoRA(rank=16)},
-            objective=Preference(beta=0.1),
-            optimizer=Optimizer(learning_rate=2e-4, warmup=3),
+            objective=Preference(beta=0.1, nll_weight=1.0),
+            optimizer=Optimizer(learning_rate=5e-5, warmup=3),  # at 2e-4 it unlearns to see
             batch_size=4,
             checkpoint_every=10,
         ),

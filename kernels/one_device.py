@@ -1,4 +1,4 @@
-"""Where a TPU kernel may run: on one device, which the caller need not name.
+"""For which device is compiled, where it is one, which the caller need not name: there TPU kernels may run.
 
 A kernel cannot be split by `jax.jit`, so that it stands either on a machine with one device or inside a `jax.shard_map` over all
 mesh axes, where each device computes on its own.
@@ -35,6 +35,12 @@ def on_one_tpu() -> bool:
     """Whether that is a TPU with enough VMEM, as far as can be seen; False if in doubt."""
     device = one_device()
     return device is not None and bool(re.match(_WITH_ROOM, device.device_kind))
+
+
+def on_one_gpu() -> bool:
+    """Whether that is one of NVIDIA's GPUs; False if in doubt."""
+    device = one_device()
+    return device is not None and device.device_kind.startswith("NVIDIA")
 
 
 def compiled_or_interpreted(kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxmethods import adapters, data, models, quantization, sharding, training, tree
-from jaxmethods.kernels.attention import splash
+from jaxmethods.kernels.attention import cudnn, splash
 from jaxmethods.launch.config import Run
 from jaxmethods.objectives import preference
 from jaxmethods.tree import Tree
@@ -181,7 +181,7 @@ def assemble(run: Run, module: Any, base: Tree, mesh: Mesh) -> Assembly:
         raise ValueError(f"{name}={uneven[0]} must be a multiple of mesh.sequence={mesh.shape['sequence']}.")
     module = module.clone(
         dtype=jnp.dtype(run.compute_dtype), remat=run.remat, unroll=run.unroll, mesh=mesh,
-        attention=_attention(module.config, mesh, lengths),
+        attention=_attention(run, module.config, mesh, lengths),
     )  # fmt: skip
     params = base
     if run.adapters:
@@ -225,10 +225,17 @@ def assemble(run: Run, module: Any, base: Tree, mesh: Mesh) -> Assembly:
     return Assembly(run, mesh, module, tx, place(base), state, place(_adapter_leaves(frozen)), step, evaluate)
 
 
-def _attention(config: Any, mesh: Mesh, lengths: set[int]) -> str | None:
-    """The TPU's own kernel where the rows fit it; the data room numbers positions as it needs them."""
-    fits = all(splash.supports(tokens, mesh.shape["sequence"]) for tokens in lengths) and config.window_layers is None
-    return "splash" if fits and mesh.devices.flat[0].platform == "tpu" else None
+def _attention(run: Run, config: Any, mesh: Mesh, lengths: set[int]) -> str | None:
+    """The device's own kernel where the rows fit it; the data room numbers positions as these need them.
+
+    For a GPU that is not there cuDNN cannot be asked, and a plan is made with the form that XLA compiles.
+    """
+    platform, parts = mesh.devices.flat[0].platform, mesh.shape["sequence"]
+    if platform == "tpu" and config.window_layers is None and all(splash.supports(n, parts) for n in lengths):
+        return "splash"
+    alone = not run.data.pack and parts == 1 and config.window_layers is None
+    fits = alone and cudnn.supports(run.compute_dtype, config.head_dim, config.attention_softcap)
+    return "cudnn" if fits and platform == jax.default_backend() == "gpu" else None
 
 
 def _chosen(run: Run, params: Tree) -> Any:

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxmethods.kernels.attention import reference, splash, xla
+from jaxmethods.kernels.attention import cudnn, reference, splash, xla
 
-IMPLEMENTATIONS = {"xla": xla.attention, "splash": splash.attention, "reference": reference.attention}
+IMPLEMENTATIONS = {
+    "xla": xla.attention, "splash": splash.attention, "cudnn": cudnn.attention, "reference": reference.attention,
+}  # fmt: skip
 
 
 def attention(
@@ -49,9 +51,10 @@ def attention(
             traced, so that layers of one scan differ in it.
         softcap: soft limit on scaled scores (Gemma-2, https://arxiv.org/abs/2408.00118, section 2).
         scale: factor on q k'; head_dim ** -0.5 by default.
-        implementation: "xla" (blockwise, as in https://arxiv.org/abs/2205.14135), "reference" (holds all scores), or "splash"
-            (JAX's kernel for TPUs). The latter goes by places and not by positions: each query is the token of the key at its
-            place, positions rise by one along each segment, rows have a multiple of 128 tokens, the window is not traced.
+        implementation: "xla" (blockwise, as in https://arxiv.org/abs/2205.14135), "reference" (holds all scores), "splash"
+            (JAX's kernel for TPUs) or "cudnn" (NVIDIA's). The last two go by places and not by positions: each query is the
+            token of the key at its place, positions rise by one along each segment, the window is not traced. "splash" wants
+            rows of a multiple of 128 tokens; "cudnn" 16-bit heads, and rows of one segment each with padding behind it.
             Whether that is so cannot be seen from the arrays, so None is "xla".
 
     Raises:

@@ -18,11 +18,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmethods.kernels.attention.reference import visible
 from jaxmethods.kernels.manual_axes import vary, varying_axes
+from jaxmethods.kernels.one_device import on_one_gpu
 
-QUERIES, KEYS = 256, 256
+BLOCK, GPU_BLOCK = 256, 512
 """Most queries and keys of one block, when there are several. Measured on two CPU cores (9 heads of 64, 3 of keys and
 values, causal, forward and backward): 2048 tokens take 320 ms of processor time, 357 in blocks of 512, 1596 in the
-reference."""
+reference. On an H200 (4 rows of 4096 tokens, 32 heads of 128, 8 of keys and values, bfloat16): 32 ms in blocks of 256, 22 of
+512, 19 of 1024, which hold 0.8, 1.1 and 2.3 GiB."""
 SINGLE = 384 * 384
 """Up to this many query-key pairs (of one head) there is one block and no loop; with more, skipping hidden blocks pays."""
 _MULTIPLE = 16
@@ -47,6 +49,8 @@ class _Settings(NamedTuple):
     causal: bool
     softcap: float | None
     scale: float
+    block: int
+    """Most queries and keys of one block."""
 
 
 def attention(
@@ -66,7 +70,8 @@ def attention(
     """See `api.attention`."""
     places = _Places(q_positions, kv_positions, q_segment_ids, kv_segment_ids, window)
     arguments = vary((q, k, v, places), varying_axes(q, k, v, places))
-    return _attention(_Settings(causal, softcap, scale), *arguments)
+    block = GPU_BLOCK if on_one_gpu() else BLOCK
+    return _attention(_Settings(causal, softcap, scale, block), *arguments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -246,7 +251,7 @@ def _at(tree: Any, j: Array) -> Any:
 
 def _forward_blocks(settings: _Settings, q: Array, k: Array, v: Array, places: _Places) -> tuple[Array, Array]:
     B, T, _, h = q.shape
-    t, s, K = _length(T, QUERIES), _length(k.shape[1], KEYS), k.shape[2]
+    t, s, K = _length(T, settings.block), _length(k.shape[1], settings.block), k.shape[2]
     places = _split_places(places, t, s)
     first, last = _needed(places, settings.causal)
     q_blocks, k_blocks, v_blocks = _split(q, t), _split(k, s), _split(v, s)
@@ -285,7 +290,7 @@ def _backward_blocks(
 ) -> tuple[Array, Array, Array]:
     B, T, _, h = q.shape
     S, K = k.shape[1:3]
-    t, s = _length(T, QUERIES), _length(S, KEYS)
+    t, s = _length(T, settings.block), _length(S, settings.block)
     places = _split_places(places, t, s)
     first, last = _needed(places, settings.causal)
     q_blocks, out_blocks, d_blocks = _split(q, t), _split(out, t), _split(d_out, t)

@@ -291,5 +291,5 @@ def test_wrong_arguments_say_so():
         run(q_segment_ids=np.ones((2, 4), np.int32))
     with pytest.raises(ValueError, match=r"softcap=0\.0"):
         run(softcap=0.0)
-    with pytest.raises(ValueError, match="xla, splash, reference"):
+    with pytest.raises(ValueError, match="xla, splash, cudnn, reference"):
         run(implementation="flash")
