@@ -18,11 +18,25 @@ COMMANDS: dict[str, str] = {
     "cream": "cream CONFIG.py [--FIELD VALUE ...]: self-rewarding rounds from M1 on; the same command again goes on",
     "rag": "rag CONFIG.py [--FIELD VALUE ...]: retrieved reports, the preference pairs that they make, and training on these",
     "generate": "generate DIR|MODEL --prompt TEXT: answer a prompt with a run's model or any other",
-    "evaluate": "evaluate completion|retrieval DIR|MODEL: measure on held-out rows",
+    "evaluate": "evaluate NAME DIR|MODEL: measure a model; `evaluate --help` lists the names",
     "embed": "embed DIR|MODEL --data ROWS --to FILE.parquet: embed pictures and texts",
     "curate": "curate mmedpo DIR|MODEL --data ROWS --to PAIRS.jsonl: preference pairs of rows with known answers",
     "export": "export DIR --to OUT [--format hf|peft|adapter]: write a run's model for others",
 }
+
+EVALUATIONS: dict[str, tuple[str, str]] = {
+    "completion": (
+        "evaluate:Evaluate:evaluate",
+        "likelihood of known answers, and how far greedy ones agree with them",
+    ),
+    "retrieval": ("evaluate:Evaluate:evaluate", "which pictures and texts find each other by their embeddings"),
+    "score": ("score:Score:score", "log-likelihoods of answers or choices, a row of a Parquet file each"),
+    "harness": ("harness:Harness:harness", "tasks of lm-evaluation-harness"),
+    "scylla": ("scylla:Scylla:evaluate_scylla", "generalization over tasks of graded complexity: the valley"),
+    "facttest": ("facttest:FactTest:evaluate_facttest", "when to answer: certified thresholds on uncertainty"),
+    "saup": ("saup:Saup:saup", "uncertainty of an agent's steps, propagated to its answer"),
+}
+"""Name -> (module:options:function in launch/, what it measures)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -232,11 +246,28 @@ def _generate(arguments: list[str]) -> None:
 
 
 def _evaluate(arguments: list[str]) -> None:
+    import importlib
+
     import tyro
 
-    from jaxmethods.launch.evaluate import Evaluate, evaluate
-
-    evaluate(tyro.cli(Evaluate, prog="jaxmethods evaluate", args=arguments))
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        width = max(map(len, EVALUATIONS))
+        told = "\n".join(f"  {name:{width}}  {what}" for name, (_, what) in EVALUATIONS.items())
+        print(
+            f"usage: jaxmethods {COMMANDS['evaluate']}\n\n{told}\n\n`jaxmethods evaluate NAME --help` explains its options."
+        )
+        return
+    if name not in EVALUATIONS:
+        near = difflib.get_close_matches(name, EVALUATIONS, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"evaluate {name}: there is no such evaluation; {hint}They are {', '.join(EVALUATIONS)}.")
+    module, options, function = EVALUATIONS[name][0].split(":")
+    room = importlib.import_module(f"jaxmethods.launch.{module}")
+    given, program = (
+        (arguments, "jaxmethods evaluate") if module == "evaluate" else (rest, f"jaxmethods evaluate {name}")
+    )
+    getattr(room, function)(tyro.cli(getattr(room, options), prog=program, args=given))
 
 
 def _embed(arguments: list[str]) -> None:

@@ -1,16 +1,15 @@
-"""CAFe's steps: what it trains through, on one device and eight, and what its two losses teach."""
+"""CAFe's step by hand, and what its two losses teach."""
 
 from __future__ import annotations
 
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jaxmethods import adapters, models, sharding, training, tree
+from jaxmethods import models, training, tree
 from jaxmethods.evals import retrieval
 from jaxmethods.objectives import CAFe
 from tests import tiny
@@ -18,7 +17,6 @@ from tests.objectives.readings import (
     IMAGE,
     ROWS,
     THREE,
-    close,
     contrast_by_hand,
     log_softmax,
     readings,
@@ -26,56 +24,16 @@ from tests.objectives.readings import (
     with_pictures,
 )
 
-ADAPTERS = {
-    "self_attn/(q|v)_proj": adapters.LoRA(rank=2),
-    "mlp/up_proj": adapters.SMoRE(experts=(3,), fanout=(2,), ranks=(2,), gate_dim=4, router_dim=5),
-    "mlp/down_proj": adapters.S2FT(count=4),
-    "projector/linear_2": adapters.LoRA(rank=2),
-}
 
-
-@pytest.fixture(scope="module")
-def stepped():
-    """(which, mesh) -> trained leaves before and after two steps on a batch with pictures, and the metrics of each step.
-
-    "full" trains all of the VLM; "adapters" has LoRA, S'MoRE and S2FT on different layers of one.
-    """
-    objective = CAFe(alpha_lm=0.7, alpha_con=1.3, temperature=0.2)
-    tx = training.Optimizer(name="sgd", b1=0.0, learning_rate=0.05, schedule="constant", warmup=0).transformation(2)
-    batch = with_pictures(readings(*THREE), "generation", "query")
-
-    @functools.cache
-    def run(which, mesh=None):
-        module, params = tiny.vlm(num_layers=2)
-        if which == "adapters":
-            module = adapters.attach(module, ADAPTERS)
-            params = adapters.init(module, params, jax.random.key(2))
-        trained, frozen = adapters.partition(params, None if which == "adapters" else lambda path: True)
-        rng = np.random.default_rng(3)
-        if which == "adapters":  # away from where they start, so that every part of them can move
-            trained = jax.tree.map(lambda x: x + jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), trained)
-        before, rows = jax.tree.map(np.asarray, trained), batch
-        if mesh is not None:
-            module = module.clone(mesh=mesh)
-            place = lambda part: jax.device_put(
-                part, sharding.shardings_for(part, mesh, (*adapters.RULES, *models.RULES))
-            )
-            trained, frozen, rows = place(trained), place(frozen), sharding.place_rows(batch, ROWS, mesh)
-        step = jax.jit(training.make_train_step(objective.loss_fn(module), tx))
-        state, told = training.init_state(trained, tx, jax.random.key(0)), []
-        for _ in range(2):
-            state, metrics = step(state, frozen, rows)
-            told.append({name: float(x) for name, x in metrics.items()})
-        return before, jax.tree.map(np.asarray, state.trained), told
-
-    return run, objective, batch
-
-
-def test_a_step_with_pictures_by_hand(stepped):
+def test_a_step_with_pictures_by_hand():
     """log-softmax of `models.logits` and embeddings from hidden states, in numpy."""
-    run, objective, batch = stepped
-    _, _, (told, after) = run("full")
+    objective = CAFe(alpha_lm=0.7, alpha_con=1.3, temperature=0.2)
+    batch = with_pictures(readings(*THREE), "generation", "query")
     module, params = tiny.vlm(num_layers=2)
+    tx = training.Optimizer(name="sgd", b1=0.0, learning_rate=0.05, schedule="constant", warmup=0).transformation(2)
+    step = jax.jit(training.make_train_step(objective.loss_fn(module), tx))
+    state, metrics = step(training.init_state(params, tx, jax.random.key(0)), {}, batch)
+    told, after = ({name: float(x) for name, x in m.items()} for m in (metrics, step(state, {}, batch)[1]))
     view = lambda name: {key.partition("/")[2]: x for key, x in batch.items() if key.startswith(f"{name}/")}
     given = lambda name: models.Images(view(name)["pixels"], view(name)["places"])
     generation = view("generation")
@@ -96,31 +54,6 @@ def test_a_step_with_pictures_by_hand(stepped):
     np.testing.assert_allclose(told["contrastive_loss"], contrastive, rtol=1e-5)
     np.testing.assert_allclose(told["loss"], 0.7 * language + 1.3 * contrastive, rtol=1e-5)
     assert told["auxiliary_loss"] == 0 and after["loss"] < told["loss"]
-
-
-@pytest.mark.parametrize("which", ["full", pytest.param("adapters", marks=pytest.mark.slow)])
-def test_two_steps_move_what_is_trained(stepped, which):
-    before, after, told = stepped[0](which)
-    paths = set(tree.flatten(after))
-    assert all(adapters.is_adapter(path) for path in paths) == (which == "adapters")
-    kinds = {path.split("/adapter/")[1].split("/")[0] for path in paths if "/adapter/" in path}
-    assert kinds == ({"lora", "smore", "s2ft"} if which == "adapters" else set())
-    for path, leaf in tree.flatten(after).items():
-        moved = np.any(leaf != tree.flatten(before)[path]) or path.endswith("k_proj/bias")  # softmax does not see these
-        assert np.isfinite(leaf).all() and moved, path
-    assert all(metrics["finite"] for metrics in told)
-    assert (told[0]["auxiliary_loss"] > 0) == (which == "adapters")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("which", "axes"), [("full", {"fsdp": 4, "tensor": 2}), ("adapters", {"data": 2, "fsdp": 4})])
-def test_eight_devices_step_as_one_does(stepped, which, axes):
-    run = stepped[0]
-    _, alone, told = run(which)
-    _, together, also = run(which, sharding.make_mesh(axes))
-    close(together, alone)
-    for one, other in zip(told, also, strict=True):
-        assert other == pytest.approx(one, rel=1e-4, abs=1e-5)
 
 
 # What each loss teaches
@@ -191,6 +124,6 @@ def test_each_loss_teaches_its_own_and_both_teach_both():
     language, contrastive, both = (learned(CAFe(**arm)) for arm in ({"alpha_con": 0}, {"alpha_lm": 0}, {}))
     told = f"recall@1, nats a token, gap: before {before}, language {language}, contrastive {contrastive}, both {both}"
     recall, nats, gap = zip(before, language, contrastive, both, strict=True)
-    assert recall[0] < 0.1 and recall[1] < 0.3 and recall[2] > 0.6 and recall[3] > 0.6, told
-    assert nats[1] < 0.5 and nats[3] < 0.7 and nats[2] > 3, told
-    assert gap[3] < 0.5 * gap[0], told
+    assert recall[0] < 0.1 and recall[1] < 0.1 and recall[2] > 0.9 and recall[3] > 0.9, told
+    assert nats[1] < 0.4 and nats[3] < 0.7 and nats[2] > 3, told
+    assert gap[3] < 0.3 * gap[0], told

@@ -9,7 +9,7 @@ import pytest
 from jaxmethods import data, losses
 from jaxmethods.objectives import KTO, kto
 from tests.objectives.readings import ROWS, close, with_pictures
-from tests.objectives.test_preference import moved, sums_by_hand, two_steps, value
+from tests.objectives.test_preference import moved, sums_by_hand, value
 
 
 def labelled(rows=ROWS, sees=False):
@@ -134,28 +134,6 @@ def test_no_gradient_goes_through_the_reference_point():
         return losses.kto_loss(logps, reference, batch["desirable"] > 0, kl=kl).mean()
 
     close(by(KTO()), jax.jit(jax.grad(fixed))(params), atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("adapter", "sees", "axes"),
-    [
-        ("lora", False, ()),
-        pytest.param("full", False, (), marks=[pytest.mark.slow, pytest.mark.ci]),
-        pytest.param("smore", True, (("data", 2), ("fsdp", 4)), marks=[pytest.mark.slow, pytest.mark.ci]),
-        pytest.param("s2ft", False, (("fsdp", 4), ("tensor", 2)), marks=pytest.mark.slow),
-    ],
-)
-def test_two_steps(adapter, sees, axes):
-    before, after, told = two_steps(KTO(), labelled(sees=sees), adapter, sees)
-    moves = [np.any(x != y) for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)]
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(after)) and np.mean(moves) > 0.5
-    assert (
-        told[1]["rewards/chosen"] > told[0]["rewards/chosen"]
-        or told[1]["rewards/rejected"] < told[0]["rewards/rejected"]
-    )
-    if axes:
-        _, sharded, _ = two_steps(KTO(), labelled(sees=sees), adapter, sees, axes)
-        close(sharded, after, atol=2e-5)
 
 
 def test_rows_of_data():

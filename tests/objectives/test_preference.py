@@ -6,11 +6,10 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmethods import adapters, losses, models, sharding, training, tree
+from jaxmethods import adapters, losses, models, training, tree
 from jaxmethods.losses import PairLogps
 from jaxmethods.objectives import CREAM, MMedPO, Preference
 from jaxmethods.objectives import preference as core
@@ -220,81 +219,6 @@ def test_the_reference_stays_where_training_began():
     assert drifted["rewards/chosen"] == pytest.approx(0, abs=1e-5)
     assert Preference().keeps_start and not Preference(reference="drifting").keeps_start
     assert not Preference(loss="simpo").keeps_start
-
-
-# Steps: every objective, every adapter, text and pictures, one device and eight
-
-
-@functools.cache
-def stepped(kind, adapter, sees=False, axes=()):
-    """(trained leaves before, after two steps, metrics of each)."""
-    objective = KINDS[kind]
-    batch = with_pictures(pairs(objective), *PAIR) if sees else pairs(objective)
-    for side in PAIR:
-        batch[f"{side}/target_mask"][:, 6] = True
-    return two_steps(objective, batch, adapter, sees, axes)
-
-
-def two_steps(objective, batch, adapter, sees=False, axes=()):
-    """(trained leaves before, after two steps, metrics of each) on a tiny model."""
-    module, params = (tiny.vlm if sees else tiny.decoder)(num_layers=2)
-    if adapter != "full":
-        module = adapters.attach(module, ADAPTERS[adapter])
-        params = adapters.init(module, params, jax.random.key(2))
-    trained, frozen = adapters.partition(params, (lambda path: True) if adapter == "full" else None)
-    if adapter == "full" and objective.keeps_start:
-        frozen = tree.combine(frozen, {"reference": jax.tree.map(jnp.copy, trained)})
-    before = jax.tree.map(np.asarray, trained)
-    if axes:
-        mesh = sharding.make_mesh(dict(axes))
-        module = module.clone(mesh=mesh)
-        rules = (*adapters.RULES, *models.RULES)
-        trained, frozen = (jax.device_put(x, sharding.shardings_for(x, mesh, rules)) for x in (trained, frozen))
-        batch = sharding.place_rows(batch, ROWS, mesh)
-    tx = training.Optimizer(name="sgd", b1=0.0, learning_rate=0.05, schedule="constant", warmup=0).transformation(2)
-    step = jax.jit(training.make_train_step(objective.loss_fn(module), tx))
-    state, told = training.init_state(trained, tx, jax.random.key(0)), []
-    for _ in range(2):
-        state, metrics = step(state, frozen, batch)
-        told.append({name: float(x) for name, x in metrics.items()})
-    return before, jax.tree.map(np.asarray, state.trained), told
-
-
-QUICK = [("dpo", "full"), ("dpo", "lora"), ("ipo", "s2ft"), ("mmedpo", "smore")]
-CASES = [(kind, adapter) for kind in ("dpo", "ipo", "orpo", "mmedpo", "cream") for adapter in ("full", *ADAPTERS)]
-CASES += [
-    (kind, "lora") for kind in ("cdpo", "robust", "hinge", "simpo", "cpo", "weighted")
-]  # another line of arithmetic each
-
-
-@pytest.mark.parametrize(
-    ("kind", "adapter"), [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
-)
-def test_two_steps_move_what_is_trained(kind, adapter):
-    before, after, told = stepped(kind, adapter)
-    moves = [np.any(x != y) for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)]
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(after)) and np.mean(moves) > 0.6
-    assert all(step["finite"] for step in told) and told[1]["rewards/margins"] > told[0]["rewards/margins"]
-    assert (told[0]["auxiliary_loss"] > 0) == (adapter == "smore")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "adapter", "sees", "axes"),
-    [
-        ("dpo", "full", False, (("fsdp", 4), ("tensor", 2))),
-        ("mmedpo", "lora", True, (("data", 2), ("fsdp", 4))),
-        ("cream", "smore", False, (("fsdp", 8),)),
-        ("orpo", "s2ft", True, (("fsdp", 8),)),
-    ],
-)
-def test_eight_devices_step_as_one_does(kind, adapter, sees, axes):
-    _, alone, told = stepped(kind, adapter, sees)
-    _, together, also = stepped(kind, adapter, sees, axes)
-    close(together, alone)
-    for one, other in zip(told, also, strict=True):
-        counted = "rewards/accuracies"  # at the start all margins are 0, but for rounding
-        assert {**other, counted: 0} == pytest.approx({**one, counted: 0}, rel=2e-4, abs=2e-5)
 
 
 def test_accumulated_parts_are_the_whole_batch():
