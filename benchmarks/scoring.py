@@ -1,6 +1,6 @@
 """Log-likelihoods of mixed lengths with SmolLM2-135M: here, and by the `hf` model of lm-evaluation-harness, on the CPU.
 
-    python benchmarks/scoring.py --data build/reports/heldout.jsonl --to docs/evals/scoring_speed.md
+    python benchmarks/scoring.py --to docs/evals/scoring_speed.md --picture docs/evals/scoring.png
 
 Both answer the same requests through the harness' own interface, with the same weights, tokenizer, float32 and threads. Every
 measurement is a fresh process; the two take turns. "choices": prompts, each with its answer and three of other rows, as tasks of
@@ -54,6 +54,8 @@ class Options:
     """Threads of both libraries."""
     to: str | None = None
     """Write the table to this file too."""
+    picture: str | None = None
+    """A PNG of tokens a second."""
     child: str | None = None
     """(Of the script itself: what this process measures.)"""
 
@@ -111,8 +113,12 @@ def measure(o: Options) -> None:
     programs, fill = (len(lm.work.programs), lm.work.fill) if library == "jax" else (None, None)
     seconds, used = zip(*(call()[:2] for _ in range(o.calls)), strict=True)
     logps, flags = zip(*(x if isinstance(x, tuple) else (x, True) for x in found), strict=True)
-    told = {"first": first, "seconds": min(seconds), "cpu": min(used), "requests": len(asked), "tokens": tokens, "programs": programs}
-    print(json.dumps(told | {"fill": fill, "peak": processes.peak_bytes(), "logps": logps, "flags": flags}))
+    told = {"first": first, "seconds": min(seconds), "cpu": min(used), "requests": len(asked), "tokens": tokens}
+    print(
+        json.dumps(
+            told | {"programs": programs, "fill": fill, "peak": processes.peak_bytes(), "logps": logps, "flags": flags}
+        )
+    )
 
 
 def run(o: Options, child: str) -> dict[str, Any]:
@@ -145,6 +151,32 @@ def main(o: Options) -> None:
     print(text)
     if o.to:
         Path(o.to).write_text(text + "\n")
+    if o.picture:
+        draw(o, results)
+
+
+def draw(o: Options, results: dict[str, list[dict[str, Any]]]) -> None:
+    """Tokens a second of the clock and of the processor, by kind of request."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for panel, (name, label) in zip(
+        panels, {"seconds": "second", "cpu": "second of the processor"}.items(), strict=True
+    ):
+        for i, (library, title) in enumerate({"jax": "jaxmethods", "hf": "`hf` of lm-evaluation-harness"}.items()):
+            found = [results[f"{library} {kind}"] for kind in o.kinds]
+            rates = [one[0]["tokens"] / statistics.median(x[name] for x in one) for one in found]
+            bars = panel.bar(np.arange(len(o.kinds)) + 0.4 * i, rates, 0.38, label=title)
+            panel.bar_label(bars, fmt="{:,.0f}", fontsize=8)
+        panel.set_xticks(np.arange(len(o.kinds)) + 0.2, o.kinds)
+        panel.set_ylabel(f"tokens a {label}")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.savefig(str(o.picture), dpi=120)
+    plt.close(figure)
 
 
 def table(o: Options, results: dict[str, list[dict[str, Any]]], versions: str) -> str:
@@ -152,12 +184,12 @@ def table(o: Options, results: dict[str, list[dict[str, Any]]], versions: str) -
         "# Log-likelihoods of mixed lengths with SmolLM2-135M, on the CPU",
         "",
         f"`python benchmarks/scoring.py --data {o.data} --rows {o.rows} --rounds {o.rounds}`, {date.today()}, {processes.cpu()}, "
-        f"{o.threads} threads, float32; {versions}. Batches of {o.batch_tokens:,} places here, of {o.hf_batch} rows in `hf`. Medians over "
-        f"{o.rounds} processes of the best of {o.calls} calls; the load average at the end was {os.getloadavg()[0]:.1f} on "
-        f"{os.cpu_count()} cores.",
+        f"{o.threads} threads, float32; {versions}. Batches of {o.batch_tokens:,} places here, of {o.hf_batch} rows in `hf`. "
+        f"Medians over {o.rounds} processes of the best of {o.calls} calls; the load average at the end {os.getloadavg()[0]:.1f} "
+        f"on {os.cpu_count()} cores.",
         "",
-        "| requests | model | tokens/s | ratio | tokens a CPU second | ratio | first call, s | ratio | programs | full | GB | log p differ | "
-        "same flags |",
+        "| requests | model | tokens/s | ratio | tokens a CPU second | ratio | first call, s | ratio | programs | full "
+        "| GB | log p differ | same flags |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for kind in o.kinds:
