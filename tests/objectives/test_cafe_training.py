@@ -90,6 +90,7 @@ def squares() -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_each_loss_teaches_its_own_and_both_teach_both():
     """Contrastive training finds pictures and forgets to talk; language training the reverse; together they do both, and the
     clouds of pictures and captions come together."""
