@@ -27,6 +27,7 @@ from jaxmethods.launch.phases import Phases, Row
 from jaxmethods.launch.train import RunFailed
 
 _BLOCK = 48
+_ROOM = 128
 _BASELINES = ("last step", "arithmetic mean")
 _ASKED = "Is the answer that you finished with true? Answer True or False."
 
@@ -282,18 +283,17 @@ class _Work:
 
     def _p_true(self, rows: Sequence[Row]) -> list[Row]:
         turn = lambda role, content: {"role": role, "content": content}
-        asked = [[*trajectories.conversation(row), turn("user", _ASKED)] for row in rows]
         opened, told = self.opened, []
         for word in ("True", "False"):
-            sums, lengths = completion.answer_logps(
-                opened.module, opened.params, opened.tokenizer,
-                [{"messages": [*messages, turn("assistant", word)]} for messages in asked],
-                sequence_length=self.options.max_tokens, batch_size=min(self.options.batch_size, len(rows)),
+            asked = [
+                {"messages": [*trajectories.conversation(row), turn("user", _ASKED), turn("assistant", word)]}
+                for row in rows
+            ]
+            longest = max(len(data.render(one, opened.tokenizer).tokens) for one in asked)
+            sums, _ = completion.answer_logps(
+                opened.module, opened.params, opened.tokenizer, asked,
+                sequence_length=-(-longest // _ROOM) * _ROOM, batch_size=min(self.options.batch_size, len(rows)),
             )  # fmt: skip
-            if not np.isfinite(sums).all():
-                raise ValueError(
-                    f"{_place(rows[int(np.argmin(np.isfinite(sums)))])}: too long to be asked for P(True); raise --max-tokens."
-                )
             told.append(sums.tolist())
         return [{"id": row["id"], "true": t, "false": f} for row, t, f in zip(rows, *told, strict=True)]
 
