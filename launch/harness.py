@@ -20,7 +20,7 @@ from rich.table import Table
 
 from jaxmethods import models
 from jaxmethods.evals.scoring.likelihoods import BATCH_TOKENS
-from jaxmethods.launch.metrics import write_whole
+from jaxmethods.launch.files import require_pyarrow, require_same, write_json, write_table, write_whole
 from jaxmethods.launch.opening import open_model
 
 
@@ -87,6 +87,7 @@ def harness(options: Harness) -> None:
     folder, console = Path(options.to), Console(stderr=options.json)
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     _require_own(folder, options)
+    require_pyarrow(folder)
     if options.include_path is not None and not Path(options.include_path).is_dir():
         raise FileNotFoundError(f"--include-path {options.include_path}: there is no such folder.")
     manager, unknown = None, names
@@ -105,7 +106,7 @@ def harness(options: Harness) -> None:
     settings = _settings(options) | {"step": opened.step}
     _require_own(folder, options, settings)
     folder.mkdir(exist_ok=True)
-    write_whole(folder / "settings.json", (json.dumps(settings, indent=2) + "\n").encode())
+    write_json(folder / "settings.json", settings)
     begin = time.monotonic()
     with _Answers(folder / "answers.jsonl") as answers, console.status("building requests") as status:
         lm = HarnessLM(
@@ -144,10 +145,7 @@ def _require_own(folder: Path, options: Harness, settings: Mapping[str, Any] | N
         raise FileNotFoundError(f"{options.to}: there is no folder {folder.absolute().parent}.")
     file, settings = folder / "settings.json", settings or _settings(options)
     if file.exists():
-        before = json.loads(file.read_text())
-        if differ := [name for name in settings if before.get(name) != settings[name]]:
-            shown = "; ".join(f"{name}: {before.get(name)!r} there, {settings[name]!r} now" for name in differ)
-            raise ValueError(f"{options.to} was begun otherwise ({shown}); choose another --to, or make them equal.")
+        require_same(options.to, json.loads(file.read_text()), settings)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{options.to} exists and holds no settings.json; choose another --to.")
 
@@ -177,11 +175,8 @@ class _Answers(dict[str, Any]):
 
 def _write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     """Documents of a task, in their order: numbers and texts as they are, everything else as JSON."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet
-    except ImportError:
-        raise ImportError(f"{file}: writing this needs pyarrow; pip install jaxmethods[data].") from None
+    import pyarrow as pa
+
     plain = lambda value: value is None or isinstance(value, str | int | float)
     columns = {}
     for name in dict.fromkeys(name for row in rows for name in row):
@@ -189,9 +184,7 @@ def _write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
         kinds = {type(value) for value in values} - {type(None)}
         as_is = all(map(plain, values)) and (len(kinds) < 2 or kinds <= {int, float})
         columns[name] = pa.array(values if as_is else [_json(value) for value in values])
-    written = pa.BufferOutputStream()
-    pyarrow.parquet.write_table(pa.table(columns), written)
-    write_whole(file, written.getvalue().to_pybytes())
+    write_table(file, columns)
 
 
 def _json(value: Any, **options: Any) -> str:

@@ -19,6 +19,8 @@ from typing import Any, TextIO
 
 from etils import epath
 
+from jaxmethods.launch.files import write_whole
+
 Row = dict[str, Any]
 
 
@@ -133,26 +135,6 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
     if not file.exists():
         raise FileNotFoundError(f"no metrics at {file}; a run writes them there with its first step.")
     return [row for _, row in _rows(file.read_bytes(), os.fspath(path))]
-
-
-def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file such that a reader, or a kill, sees either the old content or the new."""
-    name = os.fspath(path)
-    if "://" in name:  # an object in a bucket appears whole or not at all
-        epath.Path(path).write_bytes(data)
-        return
-    folder, base = os.path.split(name)
-    partial = os.path.join(folder, f".{base}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, name)
-    except BaseException:
-        if os.path.exists(partial):
-            os.remove(partial)
-        raise
 
 
 def _rows(data: bytes, path: str) -> list[tuple[bytes, Row]]:

@@ -9,6 +9,7 @@ import jax
 from etils import epath
 
 from jaxmethods import adapters, models, sharding, training, tree
+from jaxmethods.evals.sentences import Embedder, sentence_embedder
 from jaxmethods.launch import config as run_config
 from jaxmethods.launch.assembly import assemble, load_model, model_shapes
 
@@ -64,6 +65,22 @@ def open_model(path: str, *, best: bool = False) -> Opened:
     _, base = load_model(_as_left(run, state.trained))
     flat = tree.flatten(base) | tree.flatten(fixed) | tree.flatten(state.trained)
     return Opened(assembly.module, tree.unflatten(flat), models.load_tokenizer(run.model), run, int(state.step))
+
+
+def open_encoder(path: str, *, truncate: str = "right", batch_size: int = 64) -> Embedder:
+    """Texts to vectors, by the sentence encoder in a folder, of a package (package:DIST/FOLDER) or by a hub name.
+
+    Args:
+        truncate, batch_size: as of `sentence_embedder`.
+
+    Raises:
+        ValueError: another kind of model.
+        FileNotFoundError: no such folder or package.
+    """
+    module, params = models.load(path)
+    if not isinstance(module, models.TextEncoder):
+        raise ValueError(f"{path} holds a {type(module).__name__}; give a sentence encoder, such as MiniLM.")
+    return sentence_embedder(module, params, models.load_tokenizer(path), truncate=truncate, batch_size=batch_size)
 
 
 def _as_left(run: run_config.Run, trained: tree.Tree) -> run_config.Run:

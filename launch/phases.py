@@ -22,7 +22,7 @@ from jaxmethods import models
 from jaxmethods.launch import progress
 from jaxmethods.launch.config import Run, check_folder
 from jaxmethods.launch.export import fused
-from jaxmethods.launch.metrics import write_whole
+from jaxmethods.launch.files import write_json, write_whole
 from jaxmethods.launch.opening import open_model
 from jaxmethods.launch.train import train
 
@@ -114,7 +114,7 @@ class Phases:
             if self.workdir.exists():
                 seconds = self.seconds()
                 told = seconds | {name: round(seconds.get(name, 0.0) + time.monotonic() - start, 2)}
-                write_whole(self.workdir / "seconds.json", json.dumps(told, indent=2).encode() + b"\n")
+                write_json(self.workdir / "seconds.json", told)
 
     def seconds(self) -> dict[str, float]:
         """Name -> seconds so far."""

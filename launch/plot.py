@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Mapping
@@ -11,7 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from jaxmethods.launch.metrics import Row, read, write_whole
+from jaxmethods.launch.files import write_figure
+from jaxmethods.launch.metrics import Row, read
 
 Values = Float[np.ndarray, "_"]  # one metric at some of the steps
 
@@ -67,9 +67,7 @@ def draw_losses(
     axes.spines["bottom"].set_color(_FAINT)
     axes.legend(frameon=True, framealpha=0.8, edgecolor="none", fontsize=9, labelcolor=_INK, loc="upper right")
 
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    write_whole(png_path, picture.getvalue())
+    write_figure(png_path, figure)
 
 
 _PARTS = {"frozen": "#9aa5b1", "trained": _BLUE, "optimizer": "#7fb0de", "temporaries": "#e9b44c"}
@@ -134,9 +132,7 @@ def draw_memory(
         loc="outside lower center", ncols=5, frameon=False, fontsize=8.5, labelcolor=_INK, handlelength=1.4, columnspacing=1.2,
     )  # fmt: skip
 
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    write_whole(png_path, picture.getvalue())
+    write_figure(png_path, figure)
 
 
 def _draw_training(axes: Any, steps: Values, losses: Values) -> Values:

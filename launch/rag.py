@@ -31,7 +31,7 @@ from jaxmethods import data, images, models, retrieval, tree
 from jaxmethods.evals import answers, completion, reliance
 from jaxmethods.launch import config as run_config
 from jaxmethods.launch.config import Run
-from jaxmethods.launch.opening import open_model
+from jaxmethods.launch.opening import open_encoder, open_model
 from jaxmethods.launch.phases import Phases, Row, begin, write_rows
 from jaxmethods.launch.train import RunFailed
 from jaxmethods.models.text_encoder import TextEncoder
@@ -263,7 +263,9 @@ class _Program:
         return np.concatenate([some.mean(axis=1) for some in seen])
 
     def _texts(self, name: str, texts: Sequence[str]) -> np.ndarray:
-        return self._kept(name, lambda: _encoded(self.config.text_encoder, texts, self.config.batch_size))
+        return self._kept(
+            name, lambda: open_encoder(self.config.text_encoder, batch_size=self.config.batch_size)(texts)
+        )
 
     def _kept(self, name: str, make: Any) -> np.ndarray:
         """An array of the folder `features`."""
@@ -388,21 +390,6 @@ class _Program:
             data=dataclasses.replace(self.config.training.data, train=str(file)),
         )  # fmt: skip
         return self.phases.trained("train", run, target)
-
-
-def _encoded(path: str, texts: Sequence[str], batch_size: int) -> np.ndarray:
-    """A sentence encoder's vectors, [N, G] float32; texts are cut to what it reads."""
-    module, params = models.load(path)
-    tokenizer = models.load_tokenizer(path)
-    run = jax.jit(lambda params, tokens, mask: module.apply({"params": params}, tokens, mask).pooled)
-    longest = max(len(tokenizer(text)["input_ids"]) for text in texts)
-    width, made = min(module.config.max_positions, -(-longest // 16) * 16), []
-    for start in range(0, len(texts), batch_size):
-        some = list(texts[start : start + batch_size])
-        some += some[-1:] * (batch_size - len(some))
-        words = tokenizer(some, padding="max_length", truncation=True, max_length=width, return_tensors="np")
-        made.append(np.asarray(run(params, words["input_ids"], words["attention_mask"] > 0), np.float32))
-    return np.concatenate(made)[: len(texts)]
 
 
 def _questions(path: str, domains: Sequence[str]) -> list[Row]:

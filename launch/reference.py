@@ -28,7 +28,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from jaxmethods import data, sharding, tree
-from jaxmethods.launch.metrics import write_whole
+from jaxmethods.launch.files import write_whole
 from jaxmethods.objectives import preference
 from jaxmethods.tree import Tree
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -15,14 +14,15 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from jaxmethods import data, models
+from jaxmethods import data
 from jaxmethods.data import trajectories
 from jaxmethods.evals import completion, ranking
 from jaxmethods.evals.answers import Failed, Local
 from jaxmethods.evals.saup import agent, distances, hmm, propagation, scoring, uncertainty, weights
+from jaxmethods.evals.saup.learned import learned_weights
 from jaxmethods.launch import progress
-from jaxmethods.launch.metrics import write_whole
-from jaxmethods.launch.opening import Opened, open_model
+from jaxmethods.launch.files import require_pyarrow, require_same, write_figure, write_json, write_table
+from jaxmethods.launch.opening import Opened, open_encoder, open_model
 from jaxmethods.launch.phases import Phases, Row
 from jaxmethods.launch.train import RunFailed
 
@@ -142,6 +142,7 @@ def saup(options: Saup) -> dict[str, Any]:
     console = progress.tolerant(Console(stderr=options.json))
     given = _given(options)
     folder = epath.Path(options.to)
+    require_pyarrow(folder / "scores.parquet")
     _claim(options, given, folder)
     phases = Phases(folder, console, _BLOCK)
     work = _Work(options, phases)
@@ -225,7 +226,7 @@ class _Work:
 
         made = self.phases.rows("logps", len(rows), make, title="log-probabilities of steps")
         fields = uncertainty.StepLogps._fields
-        mask = np.arange(max(len(row["steps"]) for row in rows)) < np.array([[len(row["steps"])] for row in rows])
+        mask = _mask(rows)
         kinds = (np.float32, np.float32, np.int32, np.int32)
         return uncertainty.StepLogps(
             *(_padded([row[f] for row in made], mask, k) for f, k in zip(fields, kinds, strict=True))
@@ -253,7 +254,7 @@ class _Work:
             return [{"id": rows[i]["id"], "drift": drift.tolist(), "gap": gap.tolist()} for i, drift, gap in found]
 
         made = self.phases.rows("distances", len(rows), make, title="distances of steps")
-        mask = np.arange(max(len(row["steps"]) for row in rows)) < np.array([[len(row["steps"])] for row in rows])
+        mask = _mask(rows)
         return _padded([r["drift"] for r in made], mask, np.float32), _padded(
             [r["gap"] for r in made], mask, np.float32
         )
@@ -322,10 +323,7 @@ class _Work:
 def _distance(options: Saup) -> distances.Distance:
     if options.distance == "overlap":
         return distances.token_overlap
-    module, params = models.load(options.encoder)
-    tokenizer = models.load_tokenizer(options.encoder)
-    embed = distances.sentence_embedder(module, params, tokenizer, truncate=options.truncate, batch_size=32)
-    cosine = distances.cosine_distance(embed)
+    cosine = distances.cosine_distance(open_encoder(options.encoder, truncate=options.truncate, batch_size=32))
     if options.distance == "cosine":
         return cosine
     return distances.reciprocal(lambda first, second: 1 - cosine(first, second), floor=options.floor)
@@ -365,25 +363,24 @@ def _claim(options: Saup, rows: Sequence[Row], folder: Any) -> None:
     told["rows"] = hashlib.blake2b(json.dumps(rows, sort_keys=True).encode(), digest_size=16).hexdigest()
     file = folder / "settings.json"
     if file.exists():
-        there = json.loads(file.read_text())
-        different = [
-            f"{name}: {there.get(name)!r} there, {value!r} now"
-            for name, value in told.items()
-            if there.get(name) != value
-        ]
-        if different:
-            raise ValueError(f"{folder} was begun otherwise ({'; '.join(different)}); choose another --to.")
+        require_same(folder, json.loads(file.read_text()), told)
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(
             f"{folder} is not empty and holds no settings.json, which says how it was made; choose another --to."
         )
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(told, indent=2).encode() + b"\n")
+        write_json(file, told)
 
 
 def _place(row: Row) -> str:
     return f"trajectory {row['id']!r}"
+
+
+def _mask(rows: Sequence[Row]) -> np.ndarray:
+    """[B, N], true at steps."""
+    count = np.array([len(row["steps"]) for row in rows])
+    return np.arange(count.max()) < count[:, None]
 
 
 def _padded(values: Sequence[Sequence[float]], mask: np.ndarray, kind: Any) -> np.ndarray:
@@ -417,34 +414,12 @@ def _weights(
         "SAUP-PD": weights.hybrid_weights(drift, gap, mask, rho=options.rho, bias=options.bias),
     }
     found = {name: np.asarray(some) for name, some in made.items()}
-    return found | {"SAUP-HMMD": _learned(options, drift, gap, mask, groups, states)}
-
-
-def _learned(
-    options: Saup, drift: np.ndarray, gap: np.ndarray, mask: np.ndarray, groups: np.ndarray, states: np.ndarray | None
-) -> np.ndarray:
-    """The HMM's weights: of the trajectories in each fold of questions by a model of those in the others."""
-    count = groups.max() + 1
-    fold = (np.random.default_rng(options.seed).permutation(count) % options.folds)[groups]
-    observed = np.asarray(hmm.observations(drift, gap, dim=options.observed))
-    out = np.zeros(mask.shape, np.float32)
-    for number in range(options.folds):
-        others, own = fold != number, fold == number
-        start = (
-            hmm.from_kmeans(observed[others], mask[others], mixtures=options.mixtures)
-            if states is None
-            else hmm.from_labels(observed[others], states[others], mask[others], mixtures=options.mixtures)
+    return found | {
+        "SAUP-HMMD": learned_weights(
+            drift, gap, mask, groups, labels=states, folds=options.folds, states=options.states, dim=options.observed,
+            mixtures=options.mixtures, iterations=options.iterations, bias=options.bias, seed=options.seed,
         )
-        fitted = hmm.fit(start, observed[others], mask[others], iterations=options.iterations).params
-        values = np.array(weights.LEVELS) if options.states == "levels" else np.asarray(hmm.state_distances(fitted))
-        if options.states == "viterbi":
-            gamma = weights.one_hot(hmm.viterbi(fitted, observed[own], mask[own]), hmm.STATES)
-        elif options.states == "filtered":
-            gamma = hmm.filtered(fitted, observed[own], mask[own])
-        else:
-            gamma = hmm.posterior(fitted, observed[own], mask[own]).gamma
-        out[own] = np.asarray(weights.state_weights(gamma, values.astype(np.float32), mask[own], bias=options.bias))
-    return out
+    }  # fmt: skip
 
 
 def _scores(
@@ -491,11 +466,6 @@ def _write(
     weighted: Mapping[str, np.ndarray], drift: np.ndarray, gap: np.ndarray, mask: np.ndarray, record: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """scores.parquet, a row a trajectory; saup.json; saup.png."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ImportError(f"{folder}: writing scores.parquet needs pyarrow; pip install jaxmethods[data].") from None
     per_step = {"uncertainty": steps, "drift": drift, "gap": gap} | {
         f"weight {name}": some for name, some in weighted.items()
     }
@@ -505,21 +475,24 @@ def _write(
     columns |= {
         name: [row[real].tolist() for row, real in zip(some, mask, strict=True)] for name, some in per_step.items()
     }
-    written = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.table(columns), written)
-    write_whole(folder / "scores.parquet", written.getvalue().to_pybytes())
-    write_whole(folder / "saup.json", json.dumps(record, indent=2).encode() + b"\n")
+    write_table(folder / "scores.parquet", columns)
+    write_json(folder / "saup.json", record)
     wrong = np.array([not row["correct"] for row in rows])
-    write_whole(folder / "saup.png", draw(record, steps, drift + gap, mask, wrong))
+    draw(record, steps, drift + gap, mask, wrong, folder / "saup.png")
 
 
 _INK, _FAINT, _BLUE, _ORANGE = "#22262b", "#8a929b", "#2f6fb3", "#d9662b"
 
 
 def draw(
-    record: Mapping[str, Any], steps: np.ndarray, distance: np.ndarray, mask: np.ndarray, wrong: np.ndarray
-) -> bytes:
-    """A PNG: AUROC of each score with its interval; and over the steps of right and of wrong trajectories, their means.
+    record: Mapping[str, Any],
+    steps: np.ndarray,
+    distance: np.ndarray,
+    mask: np.ndarray,
+    wrong: np.ndarray,
+    png_path: Any,
+) -> None:
+    """Draws AUROC of each score with its interval; and over the steps of right and of wrong trajectories, their means.
 
     Args:
         steps, distance: [B, N], uncertainties and distances of steps.
@@ -551,9 +524,7 @@ def draw(
     for axes in (left, *right):
         axes.tick_params(colors=_INK, labelsize=9)
         axes.spines[["top", "right"]].set_visible(False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    return picture.getvalue()
+    write_figure(png_path, figure)
 
 
 def _show(console: Console, options: Saup, record: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from jaxmethods.evals import scoring
 from jaxmethods.evals.scoring.likelihoods import BATCH_TOKENS
 from jaxmethods.evals.scoring.planning import windows
 from jaxmethods.evals.scoring.texts import encoded, pair_of, prefix_of, rolling
-from jaxmethods.launch.metrics import write_whole
+from jaxmethods.launch.files import require_pyarrow, require_same, write_json, write_table
 from jaxmethods.launch.opening import Opened, open_model
 
 
@@ -86,10 +86,7 @@ def score(options: Score) -> None:
     Raises:
         ValueError: a row that cannot be scored, which is named; a file, or parts of one, made with other settings or of other rows.
     """
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError:
-        raise ImportError(f"{options.to}: writing this needs pyarrow; pip install jaxmethods[data].") from None
+    require_pyarrow(options.to)
     target, console = Path(options.to), Console(stderr=True)
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"{options.to}: there is no folder {target.absolute().parent}.")
@@ -97,14 +94,16 @@ def score(options: Score) -> None:
     settings = {name: getattr(options, name) for name in _SETTINGS} | {"revision": models.revision(options.model)}
     work, begin = scoring.Work(), time.monotonic()
     if target.exists():
-        _require_same(options.to, _metadata(target).get("settings"), settings)
+        if (before := _metadata(target).get("settings")) is None:
+            raise ValueError(f"{options.to} exists already and does not say how it was made; choose another --to.")
+        require_same(options.to, before, settings)
     else:
         if parts.exists():
-            _require_same(options.to, json.loads((parts / "settings.json").read_text()), settings)
+            require_same(options.to, json.loads((parts / "settings.json").read_text()), settings)
         records = data.open_records(options.data)
         opened = open_model(options.model, best=options.best)
         parts.mkdir(exist_ok=True)
-        write_whole(parts / "settings.json", (json.dumps(settings, indent=2) + "\n").encode())
+        write_json(parts / "settings.json", settings)
         _write_parts(options, opened, records, parts, work, console)
         _join(parts, target, settings)
     shutil.rmtree(parts, ignore_errors=True)
@@ -141,7 +140,8 @@ def _write_parts(
                     raise ValueError(f"{file} is {what}; choose another --to, or remove {parts}.")
             else:
                 say = lambda count, done=done: status.update(f"scoring from row {done + 1}: {count} requests")
-                _write(file, _scored(options, opened, some, done, work, say), told)
+                made = _scored(options, opened, some, done, work, say)
+                write_table(file, made.replace_schema_metadata(told))
             done += len(some)
             status.update(f"scored {done} rows")
 
@@ -246,15 +246,6 @@ def _string(row: Mapping[str, Any], field: str) -> str:
 # Files.
 
 
-def _write(file: Path, table: Any, told: Mapping[str, str]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    written = pa.BufferOutputStream()
-    pyarrow.parquet.write_table(table.replace_schema_metadata(dict(told)), written)
-    write_whole(file, written.getvalue().to_pybytes())
-
-
 def _join(parts: Path, target: Path, settings: Mapping[str, Any]) -> None:
     """All parts as one file, a row group each."""
     import pyarrow.parquet
@@ -278,15 +269,6 @@ def _metadata(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is no Parquet file ({error}); choose another --to.") from None
     read = {key.decode(): value.decode() for key, value in told.items()}
     return read | ({"settings": json.loads(read["settings"])} if "settings" in read else {})
-
-
-def _require_same(to: str, before: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> None:
-    """Refuses a file that is there and was made otherwise."""
-    if before is None:
-        raise ValueError(f"{to} exists already and does not say how it was made; choose another --to.")
-    if differ := [name for name in settings if before.get(name) != settings[name]]:
-        shown = "; ".join(f"{name}: {before.get(name)!r} there, {settings[name]!r} now" for name in differ)
-        raise ValueError(f"{to} was begun otherwise ({shown}); choose another --to, or make them equal.")
 
 
 # What is told.

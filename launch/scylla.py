@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -21,20 +20,21 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jaxmethods.evals import scylla
-from jaxmethods.evals.answers import Answerer, Failed, Local
-from jaxmethods.evals.endpoint import Endpoint
+from jaxmethods.evals import endpoint, scylla
+from jaxmethods.evals.answers import Answerer, Failed, Local, silence
 from jaxmethods.evals.scylla import intrinsic, measures, prompting, running
 from jaxmethods.launch import config as run_config
-from jaxmethods.launch.metrics import write_whole
+from jaxmethods.launch.files import require_pyarrow, write_figure, write_json, write_table
 from jaxmethods.launch.opening import Opened, open_model
 from jaxmethods.launch.phases import Phases, Row, read_rows, write_rows
 from jaxmethods.launch.train import RunFailed
 
 SETTING = {"temperature": 0.9, "top_p": 0.95, "top_k": 60}
 """How models are probed. The released code has a repetition penalty of 1.2 and at least 16 tokens besides, which ours has not."""
-_EASY = "Answer with the word ready."
 _SHOTS = 8
+_COUNTS = ("items", "probe_samples", "probe_tokens", "max_new_tokens", "second_tokens", "batch_size", "parallel")
+_TOLD = ("model", "items", "examples", "universe", "shots", "sizes", "seed", "max_new_tokens", "grading", "denominator")
+"""Options that results.json repeats."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,15 +103,7 @@ class Scylla:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name in (
-            "items",
-            "probe_samples",
-            "probe_tokens",
-            "max_new_tokens",
-            "second_tokens",
-            "batch_size",
-            "parallel",
-        ):
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1.")
         if not 0 <= self.shots <= _SHOTS:
@@ -146,7 +138,7 @@ class Scylla:
     @property
     def is_local(self) -> bool:
         """Whether it is a model of this library."""
-        return self.solver is None and not self.model.startswith(("http://", "https://"))
+        return self.solver is None and not endpoint.is_address(self.model)
 
 
 def evaluate_scylla(options: Scylla) -> None:
@@ -159,17 +151,15 @@ def evaluate_scylla(options: Scylla) -> None:
     """
     console = Console(stderr=options.json)
     folder = epath.Path(options.to)
+    require_pyarrow(folder / "rows.parquet")
     others = [_read_results(name) for name in options.beside]
-    try:
-        run_config.check_folder(folder, options)
-    except ValueError as error:
-        raise ValueError(str(error).replace("--workdir", "--to")) from None
+    run_config.check_folder(folder, options, "--to")
     run_config.claim(folder, options)
     program = _Program(options, folder, console)
     made = {name: program.task(name) for name in scylla.require_tasks(options.tasks)}
     record = _record(options, made)
     _write_parquet(folder / "rows.parquet", made)
-    write_whole(folder / "results.json", (json.dumps(record, indent=2) + "\n").encode())
+    write_json(folder / "results.json", record)
     draw_valley([record, *others], folder / "valley.png")
     if options.json:
         print(json.dumps(record))
@@ -292,13 +282,11 @@ class _Program:
             return []
         ask = self._answerer(tokens, drawn)
         said = ask(prompts)
-        if self._options.solver is None and any(isinstance(one, Failed) for one in said):
-            (easy,) = ask([_EASY])
-            if isinstance(easy, Failed):
-                raise RunFailed(
-                    f"{self._options.model} answers nothing more: {easy.reason}. What came before is kept; the same command "
-                    "goes on."
-                )
+        if self._options.solver is None and any(isinstance(one, Failed) for one in said) and (silent := silence(ask)):
+            raise RunFailed(
+                f"{self._options.model} answers nothing more: {silent.reason}. What came before is kept; the same command "
+                "goes on."
+            )
         return said
 
     def _answerer(self, tokens: int, drawn: int | None) -> Answerer:
@@ -315,23 +303,23 @@ class _Program:
         )
 
     @functools.cached_property
-    def _endpoint(self) -> Endpoint:
+    def _endpoint(self) -> endpoint.Endpoint:
         """The endpoint, which has answered a first question.
 
         Raises:
             ConnectionError: it does not.
         """
         options = self._options
-        url, mark, model = options.model.rpartition("#")
-        if not mark:
-            raise ValueError(f"{options.model} names no model; give URL#MODEL, as http://localhost:8000/v1#my-model.")
-        endpoint = Endpoint(
-            url, model, timeout=options.timeout, retries=options.retries, parallel=options.parallel, limit=options.limit
+        found = endpoint.named(
+            options.model,
+            timeout=options.timeout,
+            retries=options.retries,
+            parallel=options.parallel,
+            limit=options.limit,
         )
-        (answer,) = endpoint([_EASY])
-        if isinstance(answer, Failed):
-            raise ConnectionError(f"{options.model}: {answer.reason}.")
-        return endpoint
+        if silent := silence(found):
+            raise ConnectionError(f"{options.model}: {silent.reason}.")
+        return found
 
     @functools.cached_property
     def _opened(self) -> Opened:
@@ -390,19 +378,7 @@ def _graded_row(options: Scylla, item: scylla.Item, row: Row, prefix: str) -> Ro
 
 
 def _record(options: Scylla, made: Mapping[str, Mapping[str, list[Row]]]) -> Row:
-    settings = (
-        "model",
-        "items",
-        "examples",
-        "universe",
-        "shots",
-        "sizes",
-        "seed",
-        "max_new_tokens",
-        "grading",
-        "denominator",
-    )
-    record: Row = {name: getattr(options, name) for name in settings} | _summary(options, made, "")
+    record: Row = {name: getattr(options, name) for name in _TOLD} | _summary(options, made, "")
     if options.second:
         record["second"] = _summary(options, made, "second_")
     if options.intrinsic:
@@ -461,18 +437,11 @@ def _intrinsic(of: Mapping[str, list[Row]], task: Row) -> Row:
 
 
 def _write_parquet(file: Any, made: Mapping[str, Mapping[str, list[Row]]]) -> None:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ImportError(f"{file}: writing this needs pyarrow; pip install 'jaxmethods[data]'.") from None
     as_text = lambda name, value: (
         json.dumps(value) if name.endswith(("reference", "parsed")) and value is not None else value
     )
     rows = [{n: as_text(n, v) for n, v in row.items()} for of in made.values() for some in of.values() for row in some]
-    written = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), written)
-    write_whole(file, written.getvalue().to_pybytes())
+    write_table(file, rows)
 
 
 def _read_results(folder: str) -> Row:
@@ -557,9 +526,7 @@ def draw_valley(records: Sequence[Row], png_path: Any) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color=_FAINT, alpha=0.25, linewidth=0.6)
         axes.tick_params(length=0, colors=_INK)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    write_whole(png_path, picture.getvalue())
+    write_figure(png_path, figure)
 
 
 def _short(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from jaxmethods import data, images
 from jaxmethods.evals import completion
-from jaxmethods.launch.metrics import write_whole
+from jaxmethods.launch.files import write_figure
 
 _INK, _RIGHT, _WRONG = "#22262b", "#2f7d3b", "#b3261e"
 COLUMNS, MOST = 4, 24
@@ -80,9 +79,7 @@ def _draw(file: str, cells: Sequence[tuple[Any, Sequence[tuple[str, str]]]]) -> 
             for line in _wrapped(text):
                 figure.text(left + 0.01, y, line, fontsize=7.5, color=colour, va="top", parse_math=False)
                 y -= 0.17 / high / rows
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", facecolor="white")
-    write_whole(file, picture.getvalue())
+    write_figure(file, figure, facecolor="white")
 
 
 def _wrapped(text: str) -> list[str]:

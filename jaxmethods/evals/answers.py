@@ -48,6 +48,15 @@ class Failed:
 Answerer = Callable[[Sequence[Prompt]], Sequence[str | Failed]]
 """Answers in the order of the prompts. It does not raise for one of them: then the others' would be lost."""
 
+_EASY = "Answer with the word ready."
+
+
+def silence(ask: Answerer) -> Failed | None:
+    """Why an easy question gets no answer, as where a server is gone; None where it gets one."""
+    (answer,) = ask([_EASY])
+    return answer if isinstance(answer, Failed) else None
+
+
 _ROOM = 64  # tokens: the lengths of prompts are rounded up to a multiple of it
 
 

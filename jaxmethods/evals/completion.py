@@ -87,6 +87,12 @@ def plain(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
+def jaccard(first: str, second: str) -> float:
+    """|A and B| / |A or B| of the sets of words of two texts, in any case; 1 where neither has one."""
+    a, b = (set(plain(text).split()) for text in (first, second))
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
 def same(said: str, answer: str) -> bool:
     """Whether an answer is the given one, but for case, punctuation and white space."""
     return plain(said) == plain(answer)

@@ -23,6 +23,28 @@ from jaxmethods.evals.answers import Failed, Prompt, taken_apart
 _HOPELESS = (401, 403, 404)  # what one prompt is told, all others would be told too
 
 
+def is_address(name: str) -> bool:
+    """Whether a model's name is that of an endpoint, URL#MODEL, and not a folder's or a hub's."""
+    return name.startswith(("http://", "https://"))
+
+
+def named(name: str, *, flag: str = "", **options: Any) -> Endpoint:
+    """The endpoint that URL#MODEL names.
+
+    Args:
+        flag: of the command line that the name was given with, for the error.
+        options: as of `Endpoint`.
+
+    Raises:
+        ValueError: there is no MODEL; and as `Endpoint`.
+    """
+    url, _, model = name.rpartition("#")
+    if not (url and model):
+        told = f"{flag} {name}".strip()
+        raise ValueError(f"{told} names no model; give URL#MODEL, as http://localhost:8000/v1#my-model.")
+    return Endpoint(url, model, **options)
+
+
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
     """A model behind a chat endpoint, as an `Answerer`.

@@ -49,6 +49,15 @@ def chatml_tokenizer(*more):
     )  # fmt: skip
 
 
+def save_talker(folder, num_layers=2):
+    """(module, params, tokenizer) of a tiny decoder that talks in bytes, saved as FOLDER/model."""
+    tokenizer = chatml_tokenizer()
+    told = dict(num_layers=num_layers, vocab_size=len(tokenizer), rope_scaling=None, eos_ids=(2,))
+    module, params = tiny.decoder("llama", **told)
+    models.save(folder / "model", module, params, tokenizer=tokenizer)
+    return module, params, tokenizer
+
+
 def write_shop(folder, recipe, **rows):
     """NAME.jsonl of each of the rows, and recipe.py, which has the folder's paths."""
     for name, some in rows.items():

@@ -20,8 +20,7 @@ from jaxmethods.launch import cream as program
 from jaxmethods.launch import train as trainer
 from jaxmethods.launch.cream import SelfRewarding
 from jaxmethods.objectives import Preference
-from tests import tiny
-from tests.launch.conftest import chatml_tokenizer, first_device, numbers
+from tests.launch.conftest import first_device, numbers, save_talker
 
 RECIPE = """
 from jaxmethods.adapters import LoRA
@@ -60,9 +59,7 @@ def question(i):
 def room(tmp_path_factory):
     """model/, the three files of rows, and recipe.py."""
     folder = tmp_path_factory.mktemp("loop")
-    tokenizer = chatml_tokenizer()
-    module, params = tiny.decoder("llama", num_layers=2, vocab_size=len(tokenizer), rope_scaling=None, eos_ids=(2,))
-    models.save(folder / "model", module, params, tokenizer=tokenizer)
+    save_talker(folder)
     rows = {"train": range(16), "prompts": range(16, 33), "held_out": range(33, 39)}
     for name, numbers_ in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(question(i)) + "\n" for i in numbers_))

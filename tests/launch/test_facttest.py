@@ -16,9 +16,8 @@ from jaxmethods import data, models
 from jaxmethods.evals import completion, facttest
 from jaxmethods.launch.facttest import FactTest, evaluate_facttest, read_questions
 from jaxmethods.launch.train import RunFailed
-from tests import tiny
 from tests.chat_server import ChatServer, asked
-from tests.launch.conftest import chatml_tokenizer
+from tests.launch.conftest import save_talker
 
 SIZES = {"calibration": 30, "test": 14}
 
@@ -32,9 +31,7 @@ def write(file, rows):
 def room(tmp_path_factory):
     """model/, calibration.jsonl and test.jsonl; a third of the questions have the answers that the model gives."""
     folder = tmp_path_factory.mktemp("facttest")
-    tokenizer = chatml_tokenizer()
-    module, params = tiny.decoder("llama", num_layers=2, vocab_size=len(tokenizer), rope_scaling=None, eos_ids=(2,))
-    models.save(folder / "model", module, params, tokenizer=tokenizer)
+    module, params, tokenizer = save_talker(folder)
     asked_for = {part: [f"{part} question {i}?" for i in range(count)] for part, count in SIZES.items()}
     length = max(len(data.prompt_tokens(tokenizer, prompt)) for prompts in asked_for.values() for prompt in prompts)
     for part, prompts in asked_for.items():

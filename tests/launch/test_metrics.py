@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmethods.launch.metrics import MetricsFile, read, write_whole
+from jaxmethods.launch.files import write_whole
+from jaxmethods.launch.metrics import MetricsFile, read
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmethods import models, tree
+from jaxmethods import tree
 from jaxmethods.data import Data
 from jaxmethods.launch import cli
 from jaxmethods.launch import config as run_config
@@ -16,8 +16,7 @@ from jaxmethods.launch.assembly import assemble, model_shapes
 from jaxmethods.launch.opening import open_model
 from jaxmethods.objectives import CREAM, MMedPO, Preference
 from jaxmethods.sharding import make_mesh
-from tests import tiny
-from tests.launch.conftest import chatml_tokenizer, first_device, numbers, write_shop
+from tests.launch.conftest import first_device, numbers, save_talker, write_shop
 
 RECIPE = """
 from jaxmethods.adapters import LoRA
@@ -48,9 +47,7 @@ def config() -> Run:
 def room(tmp_path_factory):
     """model/, train.jsonl, heldout.jsonl and recipe.py; cats are preferred to dogs."""
     folder = tmp_path_factory.mktemp("pairs")
-    tokenizer = chatml_tokenizer()
-    module, params = tiny.decoder("llama", num_layers=2, vocab_size=len(tokenizer), rope_scaling=None, eos_ids=(2,))
-    models.save(folder / "model", module, params, tokenizer=tokenizer)
+    save_talker(folder)
     row = lambda i: {
         "prompt": f"cats on mat {i}?", "chosen": f"{i % 7} cats", "rejected": f"{i % 7} dogs", "relevance": i % 3 / 2,
     }  # fmt: skip

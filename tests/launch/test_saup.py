@@ -7,12 +7,10 @@ import pyarrow.parquet
 import pytest
 import tyro
 
-from jaxmethods import models
 from jaxmethods.data import trajectories
 from jaxmethods.evals import saup as equations
 from jaxmethods.launch.saup import Saup, saup
-from tests import tiny
-from tests.launch.conftest import chatml_tokenizer
+from tests.launch.conftest import save_talker
 
 RNG = np.random.default_rng(0)
 NAMES = ["likelihood of the last step", "last step", "arithmetic mean", "geometric mean", "RMS", "SAUP-P", "SAUP-D", "SAUP-PD",
@@ -34,9 +32,7 @@ def write(file, rows):
 @pytest.fixture(scope="module")
 def room(tmp_path_factory):
     folder = tmp_path_factory.mktemp("room")
-    tokenizer = chatml_tokenizer()
-    module, params = tiny.decoder("llama", num_layers=1, vocab_size=len(tokenizer), rope_scaling=None, eos_ids=(2,))
-    models.save(folder / "model", module, params, tokenizer=tokenizer)
+    save_talker(folder, num_layers=1)
     write(folder / "rows.jsonl", [row(i) for i in range(20)])
     return folder
 

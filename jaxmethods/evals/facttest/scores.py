@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmethods.evals import completion
+
 SHIFT = 5.0
 """Taken from each cluster's log-likelihood in the released code; it changes no order."""
 _SMALLEST = 1e-10
@@ -224,9 +226,9 @@ def plain_answer(text: str) -> str:
 
 def word_overlap(texts: Sequence[str]) -> np.ndarray:
     """Jaccard overlap of the texts' words in lower case, [N, N] float32; 1 for two without words."""
-    words = [set(re.findall(r"\w+", text.casefold())) for text in texts]
-    of = lambda a, b: len(a & b) / len(a | b) if a | b else 1.0
-    return np.array([[of(a, b) for b in words] for a in words], np.float32).reshape(len(texts), len(texts))
+    return np.array([[completion.jaccard(a, b) for b in texts] for a in texts], np.float32).reshape(
+        len(texts), len(texts)
+    )
 
 
 def first_of_each(texts: Sequence[str]) -> tuple[list[int], np.ndarray]:

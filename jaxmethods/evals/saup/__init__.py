@@ -10,6 +10,7 @@ Step uncertainties U_n (`uncertainty`), distances of the trajectory to its quest
 """
 
 from jaxmethods.evals.saup import agent, distances, hmm, propagation, scoring, uncertainty, weights
+from jaxmethods.evals.saup.learned import learned_weights
 from jaxmethods.evals.saup.propagation import arithmetic_mean, geometric_mean, last_step, propagate
 from jaxmethods.evals.saup.scoring import Scored, score
 from jaxmethods.evals.saup.uncertainty import StepLogps, step_uncertainty
@@ -17,6 +18,6 @@ from jaxmethods.evals.saup.weights import distance_weights, hybrid_weights, posi
 
 __all__ = [
     "Scored", "StepLogps", "agent", "arithmetic_mean", "distance_weights", "distances", "geometric_mean", "hmm", "hybrid_weights",
-    "last_step", "position_weights", "propagate", "propagation", "score", "scoring", "state_weights", "step_uncertainty",
-    "uncertainty", "weights",
+    "last_step", "learned_weights", "position_weights", "propagate", "propagation", "score", "scoring", "state_weights",
+    "step_uncertainty", "uncertainty", "weights",
 ]  # fmt: skip

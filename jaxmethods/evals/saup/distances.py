@@ -9,23 +9,19 @@ array([0.44444445], dtype=float32)
 
 from __future__ import annotations
 
-import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float, Float32
 
 from jaxmethods import tree
 from jaxmethods.data import trajectories
-from jaxmethods.tree import Tree
+from jaxmethods.evals import completion
+from jaxmethods.evals.sentences import Embedder
 
 Distance = Callable[[Sequence[str], Sequence[str]], Float[np.ndarray, "pairs"]]
-Embedder = Callable[[Sequence[str]], Float[np.ndarray, "texts dim"]]
 
-TRUNCATIONS = ("left", "chunks")
 GAPS = ("action", "step")
 FLOOR = 1e-3
 
@@ -37,19 +33,14 @@ def pairwise(distance: Callable[[str, str], float]) -> Distance:
 
 def token_overlap(first: Sequence[str], second: Sequence[str]) -> Float32[np.ndarray, "pairs"]:
     """1 - |A and B| / |A or B| of the sets of words, in lower case; 0 where neither text has one."""
-
-    def of(a: str, b: str) -> float:
-        these, those = (set(re.findall(r"\w+", text.casefold())) for text in (a, b))
-        return 1 - len(these & those) / len(these | those) if these | those else 0.0
-
-    return pairwise(of)(first, second)
+    return pairwise(lambda a, b: 1 - completion.jaccard(a, b))(first, second)
 
 
 def cosine_distance(embed: Embedder) -> Distance:
     """clip(1 - cos, 0, 2) of the vectors of both texts; every text is embedded once.
 
     Args:
-        embed: texts to [texts, D], such as `sentence_embedder`.
+        embed: texts to [texts, D], such as `evals.sentences.sentence_embedder`.
 
     The distance raises:
         ValueError: a text whose vector is 0 or not finite.
@@ -135,58 +126,6 @@ def gaps(
         out.append(np.zeros(len(there), np.float32))
         out[-1][there] = some
     return out
-
-
-def sentence_embedder(
-    module: Any, params: Tree, tokenizer: Any, *, truncate: str = "left", batch_size: int = 32
-) -> Embedder:
-    """Vectors of texts by an encoder such as MiniLM, one compiled program for each of few lengths.
-
-    Args:
-        truncate: what happens to texts of more tokens than the encoder reads, as a long trajectory's: "left" keeps their end, so
-            that late steps count; "chunks" averages the vectors of their parts.
-
-    Raises:
-        ValueError: an unknown `truncate`.
-    """
-    tree.require_one_of("truncate", truncate, TRUNCATIONS)
-    most = module.config.max_positions
-    ids_of = lambda text, **options: list(tokenizer(text, verbose=False, **options)["input_ids"])
-    alone = ids_of("a", add_special_tokens=False)
-    around = ids_of("a")
-    first = next(i for i in range(len(around)) if around[i : i + len(alone)] == alone)
-    before, after = around[:first], around[first + len(alone) :]
-    room = most - len(before) - len(after)
-
-    def embed(texts: Sequence[str]) -> Float32[np.ndarray, "texts dim"]:
-        pieces, owners = [], []
-        for number, text in enumerate(texts):
-            ids = ids_of(text, add_special_tokens=False)
-            parts = [ids[i : i + room] for i in range(0, len(ids), room)] if truncate == "chunks" else [ids[-room:]]
-            for part in parts or [[]]:
-                pieces.append([*before, *part, *after])
-                owners.append(number)
-        vectors: list[Any] = [None] * len(pieces)
-        order = sorted(range(len(pieces)), key=lambda i: len(pieces[i]))
-        for start in range(0, len(order), batch_size):
-            some = order[start : start + batch_size]
-            width = min(most, -(-len(pieces[some[-1]]) // 64) * 64)
-            tokens, mask = np.zeros((batch_size, width), np.int32), np.zeros((batch_size, width), bool)
-            mask[len(some) :, 0] = True
-            for row, i in enumerate(some):
-                tokens[row, : len(pieces[i])], mask[row, : len(pieces[i])] = pieces[i], True
-            for i, vector in zip(some, np.asarray(_pooled(module, params, tokens, mask), np.float32), strict=False):
-                vectors[i] = vector
-        owned = np.array(owners)
-        made = np.stack(vectors)
-        return np.stack([made[owned == number].mean(axis=0) for number in range(len(texts))])
-
-    return embed
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _pooled(module: Any, params: Tree, tokens: Any, mask: Any) -> Any:
-    return module.apply({"params": params}, tokens, mask).pooled
 
 
 def _told(steps: Sequence[Mapping[str, Any]]) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmethods import tree
+from jaxmethods.evals.facttest import scores
 
 MODES = ("concat", "sum")
 _NEITHER, _THOUGHT, _ACTION = 0, 1, 2
@@ -107,24 +108,14 @@ def semantic_entropy(
     """
     values = jnp.asarray(logps)
     there = jnp.ones(values.shape, bool) if mask is None else jnp.asarray(mask)
-    shares = jnp.where(there, jax.nn.softmax(jnp.where(there, values, -jnp.inf), axis=-1), 0.0)
-    member = jax.nn.one_hot(jnp.asarray(clusters), values.shape[-1])
-    share = (shares[..., None] * member).sum(axis=-2)
-    some = share > 0
-    return -jnp.where(some, share * jnp.log(jnp.where(some, share, 1.0)), 0.0).sum(axis=-1)
+    rows = (jnp.asarray(x).reshape(-1, values.shape[-1]) for x in (values, clusters, there))
+    return -scores.semantic_entropy(*rows).reshape(values.shape[:-1])
 
 
 def meanings(texts: Sequence[str], entails: Callable[[str, str], bool]) -> list[int]:
     """Which cluster each text is of, from 0: it joins the first whose first text it entails, and is entailed by."""
-    firsts: list[str] = []
-    found = []
-    for text in texts:
-        same = (i for i, first in enumerate(firsts) if entails(text, first) and entails(first, text))
-        number = next(same, len(firsts))
-        if number == len(firsts):
-            firsts.append(text)
-        found.append(number)
-    return found
+    both = [[entails(first, text) and entails(text, first) for text in texts] for first in texts]
+    return scores.clusters(np.array(both, bool).reshape(len(texts), len(texts))).tolist()
 
 
 def p_true(

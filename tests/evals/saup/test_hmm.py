@@ -9,6 +9,7 @@ import pytest
 from scipy.special import logsumexp
 from scipy.stats import norm
 
+from jaxmethods.evals import saup
 from jaxmethods.evals.saup import hmm, weights
 
 RNG = np.random.default_rng(0)
@@ -183,3 +184,21 @@ def test_hmmlearn_agrees():
 def test_what_cannot_be_fitted_is_refused(made, words):
     with pytest.raises(ValueError, match=words):
         made()
+
+
+def test_learned_weights_know_nothing_of_their_own_fold():
+    """What one question's trajectories are changes the weights of other folds, and not those of another question of its own."""
+    rng = np.random.default_rng(0)
+    drift, gap = rng.uniform(0, 1, (2, 8, 5))
+    mask, groups = np.arange(5) < rng.integers(2, 6, (8, 1)), np.arange(8) // 2
+    found = saup.learned_weights(drift, gap, mask, groups, folds=2, iterations=5)
+    fold = (np.random.default_rng(0).permutation(4) % 2)[groups]
+    other = np.array(drift)
+    first = np.flatnonzero(fold == 0)[0]
+    other[groups == groups[first]] += 1
+    again = saup.learned_weights(other, gap, mask, groups, folds=2, iterations=5)
+    beside = (fold == 0) & (groups != groups[first])
+    np.testing.assert_array_equal(again[beside], found[beside])
+    assert np.any(again[fold == 1] != found[fold == 1]) and not found[~mask].any() and (found[mask] > 0).all()
+    with pytest.raises(ValueError, match="no more than the 4 questions"):
+        saup.learned_weights(drift, gap, mask, groups, folds=5)

@@ -9,6 +9,7 @@ from jaxmethods.data import trajectories
 from jaxmethods.evals import saup
 from jaxmethods.evals.answers import Failed
 from jaxmethods.evals.saup import agent, distances, scoring
+from jaxmethods.evals.sentences import sentence_embedder
 from tests import tiny
 from tests.launch.conftest import chatml_tokenizer
 
@@ -138,8 +139,7 @@ def test_a_real_encoder_reads_the_end_or_all_of_long_texts(minilm_folder):
     module, params = models.load(str(minilm_folder))
     tokenizer = models.load_tokenizer(str(minilm_folder))
     left, whole = (
-        distances.sentence_embedder(module, params, tokenizer, truncate=how, batch_size=2)
-        for how in distances.TRUNCATIONS
+        sentence_embedder(module, params, tokenizer, truncate=how, batch_size=2) for how in ("left", "chunks")
     )
     cosine = distances.cosine_distance(left)
     found = cosine(
@@ -150,6 +150,8 @@ def test_a_real_encoder_reads_the_end_or_all_of_long_texts(minilm_folder):
     ids = tokenizer(late, add_special_tokens=False)["input_ids"]
     end = tokenizer.decode(ids[-510:])
     np.testing.assert_allclose(left([late])[0], left([end])[0], atol=1e-5)
+    right = sentence_embedder(module, params, tokenizer, batch_size=2)
+    np.testing.assert_allclose(right([late])[0], right([tokenizer.decode(ids[:510])])[0], atol=1e-5)
     parts = [tokenizer.decode(ids[:510]), tokenizer.decode(ids[510:])]
     np.testing.assert_allclose(whole([late])[0], whole(parts).mean(axis=0), atol=1e-5)
 
