@@ -93,7 +93,7 @@ def fingerprint(module: Any, params: Tree, tokenizer: Any) -> dict[str, str]:
     """What the numbers depend on besides a pair itself, by name."""
     text = lambda value: hashlib.blake2b(value.encode(), digest_size=_KEY).hexdigest()
     leaves = tree.flatten(params)
-    sums = jax.device_get({path: _digest(x) for path, x in leaves.items()})
+    sums = jax.device_get(_digests(leaves))
     told = [(path, str(x.dtype), x.shape, sums[path].tolist()) for path, x in sorted(leaves.items())]
     return {
         "model": text(repr((getattr(module, "whole", module.config), told))),
@@ -104,6 +104,11 @@ def fingerprint(module: Any, params: Tree, tokenizer: Any) -> dict[str, str]:
 
 
 @jax.jit
+def _digests(leaves: dict[str, Any]) -> dict[str, Any]:
+    """Of all leaves by one program: many small ones under way at a time, each with collectives, can wait for each other."""
+    return {path: _digest(x) for path, x in leaves.items()}
+
+
 def _digest(x: Any) -> Any:
     """Two 32-bit sums of mixed bits, each with its place: equal however the array is split over devices."""
     bits = x
