@@ -157,6 +157,7 @@ def at_step(run, step, workdir):
     return workdir
 
 
+@pytest.mark.ci
 def test_two_processes_found_by_the_cluster_give_the_losses_of_one(one, two):
     assert_same_losses(two.workdir, one)
     assert "2 x cpu (data=1 x fsdp=2 x sequence=1 x tensor=1) in 2 processes" in two.said(0)
@@ -196,6 +197,7 @@ def test_four_processes_two_of_them_with_the_same_rows_give_the_losses_of_one(on
     assert_same_losses(made.workdir, one)
 
 
+@pytest.mark.ci
 def test_two_processes_of_two_devices_as_the_documents_start_them(one, recipe, tmp_path):
     text = (Path(__file__).parents[2] / "docs" / "clusters.md").read_text()
     (block,) = [block for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if "127.0.0.1" in block]
@@ -268,6 +270,7 @@ def test_a_folder_that_is_not_shared_and_processes_of_different_runs_are_refused
         train._find_claim(tmp_path, dataclasses.replace(ours, checkpoint_every=5), patience=0.0)
 
 
+@pytest.mark.ci
 def test_two_processes_keep_the_reference_of_one(room, tmp_path):  # noqa: F811
     """Each scores its rows; the file, written by the first, is that of one process, and both know what is in it."""
     recipe = room / "recipe.py"

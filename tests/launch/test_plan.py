@@ -84,6 +84,7 @@ def test_arrangements_of_64_devices(recipe):
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_a_search_puts_first_what_fits_and_is_fast(recipe, monkeypatch):
     monkeypatch.setattr(targets, "devices_of", lambda topology: jax.devices()[:2])
     run = run_of(recipe, "--batch-size", "2", "--accumulate", "1")

@@ -95,6 +95,7 @@ def test_a_model_that_does_not_divide_is_refused_by_its_layer(shop):
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_learns_resumes_and_leaves_as_a_float_model(model, shop, command, tmp_path):
     recipe, workdir = tmp_path / "recipe.py", tmp_path / "run"
     values = {"model": str(model), "train": str(shop / "train.jsonl"), "workdir": str(workdir)}

@@ -103,6 +103,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(whole, shop, command, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_eight_devices_resume_what_one_began(whole, shop, command, tmp_path):
     workdir = tmp_path / "moved"
     shutil.copytree(whole[0], workdir)
@@ -182,6 +183,7 @@ def same_logits(opened, model):
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_channels_chosen_by_data_and_by_weights_go_on_and_out(shop, command, here, tmp_path):
     recipe, workdir = tmp_path / "s2ft.py", tmp_path / "run"
     chosen = """        adapters={
