@@ -1,5 +1,6 @@
 """FactTest's scores against plain numpy, their closed forms and limits; under jit and vmap, whatever the padding."""
 
+import collections
 import functools
 import math
 
@@ -220,3 +221,19 @@ def test_scores_of_rows():
     assert samples.scored("self_check", SAID[:1], (), [told])[0] == pytest.approx(-0.2)
     with pytest.raises(ValueError, match=r"gives shape \(8, 2\)"):
         samples.by_inference(lambda a, b: np.ones((len(a), 2)), distinct[0][0], SAID[0])
+
+
+def test_a_score_knows_no_other_question():
+    """To the bit: a threshold from one set of questions lies on values that another set's scores must meet or not."""
+    rng, words = np.random.default_rng(5), ["paris", "rome", "oslo", "the old town", "a town"]
+    said = [{"said": "x", "samples": [words[i] for i in rng.integers(0, 1 + at % 5, 10)]} for at in range(700)]
+    distinct = [samples.distinct(row["samples"]) for row in said]
+    compared = [samples.by_words(texts) for texts, _ in distinct]
+    logps = [{"logps": [[-1.0, 2]] * (1 + len(texts))} for texts, _ in distinct]
+    for name in ("vanilla", "degree", "discrete", "kernel", "semantic", "semantic_entropy"):
+        whole = samples.scored(name, said, logps, compared)
+        for part in (slice(3, 5), slice(100, 431)):
+            np.testing.assert_array_equal(samples.scored(name, said[part], logps[part], compared[part]), whole[part])
+        if name == "vanilla":  # as many values as products of n^n, of which the entropy is the logarithm
+            counts = [collections.Counter(ids.tolist()).values() for _, ids in distinct]
+            assert len(np.unique(whole)) == len({math.prod(n**n for n in some) for some in counts})

@@ -31,6 +31,8 @@ SCORES: Mapping[str, tuple[str, ...]] = {
     "self_check": ("compared", "contradiction"),
 }
 """What each score needs beside the answers."""
+_BLOCK = 256
+"""Questions that a program scores at once."""
 
 
 def right_answer(said: str, given: Sequence[str], how: str = "substring") -> bool:
@@ -100,6 +102,9 @@ def scored(
 ) -> np.ndarray:
     """A score of each question, [N] float64, by its name in `SCORES`; -inf where no answer has a likelihood.
 
+    A score is the same to the bit whatever questions stand beside its own, as long as each has as many samples. It must be: many
+    scores take few values, and a threshold on one of them certifies nothing at it or everything, by the last bit.
+
     Args:
         said, logps, compared: rows of the same questions; those that the score needs.
         official: as of `scores.kernel_entropy`.
@@ -107,43 +112,54 @@ def scored(
     if name == "likelihood":
         first = [row["logps"][0] for row in logps]
         return np.array([-math.inf if one is None else one[0] / one[1] for one in first])
+    width = max(len(row["samples"]) for row in said)
     if name == "self_check":
-        return _run(scores.self_check, *_filled([row["contradiction"] for row in compared]))
+        return _run(scores.self_check, *_filled([row["contradiction"] for row in compared], width))
     if name == "degree":
-        return _run(scores.degree, *_squares([scores.word_overlap(row["samples"]) for row in said]))
+        return _run(scores.degree, *_squares([scores.word_overlap(row["samples"]) for row in said], width))
     if name == "kernel":
-        similar = _squares([np.array(row["similarity"]) for row in compared])
-        return _run(functools.partial(scores.kernel_entropy, official=official), *similar)
+        similar = _squares([np.array(row["similarity"]) for row in compared], width)
+        return _run(_kernel_official if official else scores.kernel_entropy, *similar)
     kinds = [distinct(row["samples"])[1] for row in said]
     if name == "vanilla":
-        return _run(scores.vanilla_entropy, *_filled(kinds, np.int32))
+        return _run(scores.vanilla_entropy, *_filled(kinds, width, np.int32))
     clusters = [np.array(row["clusters"]) for row in compared]
     if name == "discrete":
         of_samples = [cluster[kind] for cluster, kind in zip(clusters, kinds, strict=True)]
-        return _run(scores.vanilla_entropy, *_filled(of_samples, np.int32))
-    means, mask = _filled([[math.nan if one is None else one[0] / one[1] for one in row["logps"][1:]] for row in logps])
+        return _run(scores.vanilla_entropy, *_filled(of_samples, width, np.int32))
+    each = [[math.nan if one is None else one[0] / one[1] for one in row["logps"][1:]] for row in logps]
+    means, mask = _filled(each, width)
     mask &= ~np.isnan(means)
     of = {"semantic": scores.mean_cluster_likelihood, "semantic_entropy": scores.semantic_entropy}[name]
-    found = _run(of, np.where(mask, means, 0).astype(np.float32), _filled(clusters, np.int32)[0], mask)
+    found = _run(of, np.where(mask, means, 0).astype(np.float32), _filled(clusters, width, np.int32)[0], mask)
     return np.where(mask.any(axis=1), found, -np.inf)
 
 
+_kernel_official = functools.partial(scores.kernel_entropy, official=True)
+_program = jax.jit(lambda of, *given: of(*given), static_argnums=0)
+
+
 def _run(of: Callable[..., Any], *given: np.ndarray) -> np.ndarray:
-    return np.asarray(jax.jit(of)(*given), np.float64)
+    """By one program for any number of questions: another shape would be another program, and round otherwise."""
+    found = []
+    for start in range(0, len(given[0]), _BLOCK):
+        some = [one[start : start + _BLOCK] for one in given]
+        short = _BLOCK - len(some[0])
+        some = [np.concatenate([one, np.zeros((short, *one.shape[1:]), one.dtype)]) for one in some]
+        found.append(np.asarray(_program(of, *some), np.float64)[: _BLOCK - short])
+    return np.concatenate(found)
 
 
-def _filled(rows: Sequence[Any], dtype: Any = np.float32) -> tuple[np.ndarray, np.ndarray]:
-    """(rows of any lengths side by side, mask)."""
-    width = max(len(row) for row in rows)
+def _filled(rows: Sequence[Any], width: int, dtype: Any = np.float32) -> tuple[np.ndarray, np.ndarray]:
+    """(rows of up to `width` values side by side, mask)."""
     values, mask = np.zeros((len(rows), width), dtype), np.zeros((len(rows), width), bool)
     for at, row in enumerate(rows):
         values[at, : len(row)], mask[at, : len(row)] = row, True
     return values, mask
 
 
-def _squares(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """(square arrays of any sizes in the corner of one, mask)."""
-    width = max(len(row) for row in rows)
+def _squares(rows: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """(square arrays of up to `width` rows in the corner of one, mask)."""
     values, mask = np.zeros((len(rows), width, width), np.float32), np.zeros((len(rows), width), bool)
     for at, row in enumerate(rows):
         values[at, : len(row), : len(row)], mask[at, : len(row)] = row, True
