@@ -64,7 +64,9 @@ def open_model(path: str, *, best: bool = False) -> Opened:
     state, fixed = restored
     _, base = load_model(_as_left(run, state.trained))
     flat = tree.flatten(base) | tree.flatten(fixed) | tree.flatten(state.trained)
-    return Opened(assembly.module, tree.unflatten(flat), models.load_tokenizer(run.model), run, int(state.step))
+    # The kernel that training chose fits its rows; those to come may be packed, or padded on the left.
+    module = assembly.module.clone(attention=None)
+    return Opened(module, tree.unflatten(flat), models.load_tokenizer(run.model), run, int(state.step))
 
 
 def open_encoder(path: str, *, truncate: str = "right", batch_size: int = 64) -> Embedder:
