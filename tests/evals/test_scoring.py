@@ -77,9 +77,10 @@ def test_mixed_lengths_have_the_numbers_of_each_alone(family):
     pairs = questions()
     for pair in pairs[::4]:  # some continuations that greedy decoding gives
         said = list(pair.context)
-        for _ in range(2):
+        for _ in range(3):
             said.append(int(logits_of(module, params, said)[-1].argmax()))
-        pairs.append(Pair(pair.context, said[-2:]))
+        pairs.append(Pair(pair.context, said[-3:]))
+        pairs.append(Pair(pair.context, [*said[-3:-1], said[-1] ^ 1]))  # until its last token
     expected = [alone(module, params, pair) for pair in pairs]
     assert {greedy for _, greedy in expected} == {True, False}
     work = scoring.Work()
@@ -212,6 +213,30 @@ def test_the_likeliest_of_several_is_the_first(transposed, monkeypatch):
     found = likelihoods.likeliest(*given, softcap=3.0, transposed=transposed)
     expected = (3.0 * np.tanh(hidden @ matrix / np.float32(3.0))).argmax(-1)
     np.testing.assert_array_equal(np.asarray(found)[where], expected[where])
+
+
+def test_pairs_are_greedy_where_all_of_their_tokens_are_and_few_are_looked_at():
+    rng = np.random.default_rng(0)
+    rows, slots, vocab = 3, 40, 8
+    logits = rng.normal(size=(rows, slots, vocab)) * rng.choice([0.5, 8.0], (rows, slots, 1))  # flat and peaked ones
+    targets = np.where(rng.random((rows, slots)) < 0.85, logits.argmax(-1), rng.integers(0, vocab, (rows, slots)))
+    logps = np.log(np.exp(logits).sum(-1))
+    logps = np.take_along_axis(logits, targets[..., None], -1)[..., 0] - logps
+    ids = np.sort(rng.integers(0, 8, (rows, slots)), axis=1)
+    pairs = np.stack([np.searchsorted(row, row) for row in ids]).astype(np.int32)  # the first column of each
+    wanted = np.arange(slots) < 36
+    wanted = np.broadcast_to(wanted, ids.shape)
+    right, asked = targets == logits.argmax(-1), []
+
+    def look(places):
+        asked.append(np.asarray(places))
+        return jnp.asarray(np.where(asked[-1], right, rng.random(right.shape) < 0.5))  # anything elsewhere
+
+    found = likelihoods._said_greedily(jnp.asarray(logps, jnp.float32), jnp.asarray(wanted), jnp.asarray(pairs), look)
+    said = np.array([[right[r][(ids[r] == ids[r, c]) & wanted[r]].all() for c in range(slots)] for r in range(rows)])
+    np.testing.assert_array_equal(np.asarray(found)[wanted], said[wanted])
+    assert np.asarray(found)[~wanted].all() and {True, False} == set(said[wanted].tolist())
+    assert not (asked[0] & asked[1]).any() and asked[1].any() and sum(x.sum() for x in asked) < wanted.sum() / 2
 
 
 # Texts.

@@ -32,7 +32,7 @@ BATCH_TOKENS = 2048
 """Places of a batch; more of them fill larger devices."""
 WINDOW = 2048
 """Requests that are sorted by length at a time."""
-LOGITS = 1 << 23
+LOGITS = 1 << 22
 """How many logits are held at once, about, where the likeliest token is looked for."""
 
 
@@ -198,7 +198,7 @@ def _scored(
     mesh: Mesh | None,
     greedy: bool,
 ) -> tuple[Float[Array, "rows slots"], Bool[Array, "rows slots"]]:
-    """(log-probability of each target, whether it is the likeliest token there); 0 and true where there is none.
+    """(log-probability of each target, whether greedy decoding may say its pair); 0 and true where there is no target.
 
     Each row continues the row of `cache` that `rows` says.
     """
@@ -214,7 +214,7 @@ def _scored(
     of_tokens = functools.partial(
         _of_tokens, softcap=module.config.final_softcap, transposed=tied, device=device, greedy=greedy
     )
-    given = hidden, matrix.astype(hidden.dtype), batch["targets"], batch["wanted"]
+    given = hidden, matrix.astype(hidden.dtype), batch["targets"], batch["wanted"], batch["pairs"]
     if mesh is None or mesh.size == 1:
         return of_tokens(*given, axis_name=None)
     # Each device has its rows, and its part of the vocabulary where `tensor` divides it.
@@ -222,7 +222,7 @@ def _scored(
     over = sharding.rows_spec(batch["tokens"].shape, mesh)
     of_matrix = P(axis, None) if tied else P(None, axis)
     own = functools.partial(of_tokens, axis_name=axis)
-    return jax.shard_map(own, mesh=mesh, in_specs=(over, of_matrix, over, over), out_specs=(over, over))(*given)
+    return jax.shard_map(own, mesh=mesh, in_specs=(over, of_matrix, over, over, over), out_specs=(over, over))(*given)
 
 
 def _taken(cache: KVCache, rows: Any, slots: int) -> KVCache:
@@ -241,6 +241,7 @@ def _of_tokens(
     matrix: Array,
     targets: Int[Array, "rows slots"],
     wanted: Bool[Array, "rows slots"],
+    pairs: Int[Array, "rows slots"],
     *,
     softcap: float | None,
     transposed: bool,
@@ -252,10 +253,33 @@ def _of_tokens(
     implementation = None if device is None else implementation_for(device, flat, matrix, transposed=transposed)
     told: Any = {"softcap": softcap, "transposed": transposed, "axis_name": axis_name}
     logps = token_logprobs(flat, matrix, of, where=where, implementation=implementation, **told)
-    flags = jnp.ones_like(where)
-    if greedy:
-        flags = (likeliest(flat, matrix, where, **told) == of) | ~where
-    return logps.reshape(targets.shape), flags.reshape(targets.shape)
+    logps = logps.reshape(targets.shape)
+    if not greedy:
+        return logps, jnp.ones_like(wanted)
+    right = lambda asked: (likeliest(flat, matrix, asked.reshape(-1), **told) == of).reshape(targets.shape)
+    return logps, _said_greedily(logps, wanted, pairs, right)
+
+
+def _said_greedily(
+    logps: Float[Array, "rows slots"],
+    wanted: Bool[Array, "rows slots"],
+    pairs: Int[Array, "rows slots"],
+    right: Callable[[Array], Array],
+) -> Bool[Array, "rows slots"]:
+    """False at targets of pairs that hold one which is not the likeliest at its place.
+
+    `right` looks at all logits of the places that it is asked for, which costs as much as the log-probabilities did. A token above
+    1/2 is the likeliest in any case, and one wrong token settles its pair: so the least likely token of each pair is looked at
+    first, and the others only where that was right.
+    """
+    of_pair = lambda x: jnp.take_along_axis(x, pairs, axis=1)
+    unsure = wanted & ~(logps > -0.69)  # log 1/2, and more than is lost to rounding; also what is nan
+    low = jax.vmap(lambda pair, x: jnp.full(x.shape, jnp.inf).at[pair].min(x))
+    first = unsure & (logps == of_pair(low(pairs, jnp.where(unsure, logps, jnp.inf))))
+    wrong = first & ~right(first)
+    lost = of_pair(jax.vmap(lambda pair, x: jnp.zeros(x.shape, bool).at[pair].max(x))(pairs, wrong))
+    rest = unsure & ~first & ~lost
+    return ~wanted | (~lost & (~rest | right(rest)))
 
 
 def likeliest(

@@ -163,8 +163,11 @@ def _packed(row: list[Shared], length: int) -> list[list[tuple[Segment, int, int
 
 
 def lay(shape: Shape, rows: Sequence[Sequence[tuple[Segment, int, int]]]) -> Laid:
-    """Segments side by side in their rows, each with its id and the position of its first token."""
-    numbers = ("tokens", "segment_ids", "positions", "places", "targets")
+    """Segments side by side in their rows, each with its id and the position of its first token.
+
+    `pairs` tells the pairs of a row apart: the column of the first target of each target's pair.
+    """
+    numbers = ("tokens", "segment_ids", "positions", "places", "targets", "pairs")
     arrays = {name: np.zeros(shape, np.int32) for name in numbers} | {"wanted": np.zeros(shape, bool)}
     owners, row_of, slots = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     tokens = 0
@@ -177,6 +180,7 @@ def lay(shape: Shape, rows: Sequence[Sequence[tuple[Segment, int, int]]]) -> Lai
             arrays["positions"][row, read] = position + np.arange(len(segment.tokens))
             arrays["places"][row, wanted] = start + segment.places
             arrays["targets"][row, wanted] = segment.targets
+            arrays["pairs"][row, wanted] = asked + np.searchsorted(segment.owners, segment.owners)
             arrays["wanted"][row, wanted] = True
             owners.append(segment.owners)
             row_of.append(np.full(len(segment.targets), row))
