@@ -88,7 +88,10 @@ def _from_hub(name: str, weights: bool) -> Path:
     wanted = [*_TOKENIZER, *(["*.safetensors"] if weights else [])]
     unwanted = [*_PICKLES, "*/*", "consolidated*"]  # no subfolders, and no second copy in Mistral's own layout
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
+        found = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
+        if (found / "modules.json").is_file():  # a sentence encoder, which says in a folder how it pools
+            huggingface_hub.snapshot_download(name, revision=found.name, allow_patterns=["*_Pooling/config.json"])
+        return found
     except errors.GatedRepoError:
         raise PermissionError(
             f"{name} asks its readers to agree to its terms: do so on its page, then log in (hf auth login)."

@@ -72,8 +72,8 @@ def encoder_config_from_hf(config: Mapping[str, Any], preprocessor: Mapping[str,
     """What the dict in a config.json says of the architecture.
 
     A vision tower reads its last layer as `last_hidden_state` of transformers does, class token included, and pools where the
-    model has a head; `VisionConfig.reading` changes that. A BERT pools the mean: `dataclasses.replace(config, pooling="first")`
-    is for models that pool the first token.
+    model has a head; `VisionConfig.reading` changes that. A BERT pools the mean, unless modules.json beside it says otherwise
+    (`hf_pooling`, which `models.load` reads).
 
     Args:
         preprocessor: the dict in preprocessor_config.json; its mean and standard deviation of pixels are taken. Without it they

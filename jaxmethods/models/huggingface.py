@@ -19,7 +19,9 @@ from jaxmethods import quantization
 from jaxmethods.models import architectures, files, weights
 from jaxmethods.models.architectures import AnyConfig
 from jaxmethods.models.decoder import DecoderConfig
+from jaxmethods.models.hf_pooling import read_pooling, write_pooling
 from jaxmethods.models.layout import Leaf, Slices, assemble, check_tensors
+from jaxmethods.models.text_encoder import TextEncoderConfig
 from jaxmethods.tree import Tree, flatten
 
 
@@ -27,11 +29,13 @@ def read_config(folder: Path) -> AnyConfig:
     """The architecture of the model in a folder.
 
     Token ids that end a generation are taken from generation_config.json where it names them, as generation does in
-    transformers: chat models often list more there than in config.json.
+    transformers: chat models often list more there than in config.json. A sentence encoder's pooling is what modules.json says.
     """
     told = files.model_config(folder)
     try:
         config = architectures.config_from_hf(told, _preprocessor(folder))
+        if isinstance(config, TextEncoderConfig) and config.family == "bert":
+            config = dataclasses.replace(config, pooling=read_pooling(folder) or config.pooling)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     generation, decoder = folder / "generation_config.json", architectures.decoder_of(config)
@@ -180,6 +184,8 @@ def save(
             files.write_json(unfinished / "generation_config.json", {"_from_model_config": True, **generation})
         if (preprocessor := architectures.preprocessor_to_hf(config)) is not None:
             files.write_json(unfinished / "preprocessor_config.json", preprocessor)
+        if isinstance(config, TextEncoderConfig) and config.family == "bert":
+            write_pooling(unfinished, config.pooling, config.encoder.hidden_size)
         if tokenizer is not None:
             from jaxmethods.models.tokenizers import save_tokenizer
 
