@@ -537,7 +537,7 @@ def draw_reliability(
     from matplotlib.figure import Figure
 
     calibration, test = (parts[part] for part in PARTS)
-    figure = Figure(figsize=(9, 3.9), dpi=120, layout="constrained")
+    figure = Figure(figsize=(9, 4.4), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     alphas = np.linspace(0.01, 0.5, 50)
     left.plot([0, 0.5], [0, 0.5], color="#8a929b", linewidth=1, linestyle=(0, (4, 2)), label="alpha")
@@ -549,9 +549,15 @@ def draw_reliability(
             errors = [
                 float(facttest.certify(scores[~test.right], tau).mean()) if (~test.right).any() else 0.0 for tau in taus
             ]
-            dotted = len(kept) > 1 and shift == "none"
-            label = score + (", as if there were no shift" if dotted else "")
-            left.plot(alphas, errors, color=colour, linewidth=1.4, linestyle=":" if dotted else "-", label=label)
+            chosen = shift == list(kept)[-1]
+            left.plot(
+                alphas,
+                errors,
+                color=colour,
+                linewidth=1.4,
+                linestyle="-" if chosen else ":",
+                label=score if chosen else None,
+            )
         order = np.argsort(-scores, kind="stable")
         last = np.append(np.diff(scores[order]) != 0, True)
         rate = (np.flatnonzero(last) + 1) / len(scores)
@@ -567,10 +573,12 @@ def draw_reliability(
     left.set(xlabel="alpha", ylabel="Type I: wrong answers that are certified", xlim=(0, 0.5), ylim=(0, 0.5))
     right.axhline(test.right.mean(), color="#8a929b", linewidth=1, linestyle=(0, (4, 2)))
     right.set(xlabel="answer rate", ylabel="accuracy of what is answered", xlim=(0, 1), ylim=(0, 1.02))
+    if len(kept) > 1:
+        left.plot([], [], color="#8a929b", linewidth=1.4, linestyle=":", label="as if there were no shift")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#8a929b", alpha=0.25, linewidth=0.6)
-        axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.suptitle(f"{len(test.right)} test questions, delta {options.delta:g}", fontsize=11, parse_math=False)
     write_figure(png_path, figure)
 

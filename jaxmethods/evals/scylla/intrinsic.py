@@ -24,6 +24,7 @@ from jaxmethods.tree import Tree
 Logps = Float[np.ndarray, "tokens"]
 PERCENTS = (10, 30, 50, 70, 90)
 _FLOOR, _POINTS = 1e-10, 100
+_TOKENS = 1 << 17
 
 
 class Likelihood(NamedTuple):
@@ -107,6 +108,7 @@ def token_logps(
     Args:
         rows: {"prompt", "answer"}.
         sequence_length: None: the longest row's, rounded up to a multiple of 256, so that calls share programs.
+        batch_size: rows at a time; fewer where they are long, so that a batch has at most 131,072 tokens.
 
     Raises:
         ValueError: a row of more than `sequence_length` tokens.
@@ -118,6 +120,7 @@ def token_logps(
     sequence_length = sequence_length or -(-longest // 256) * 256
     if longest > sequence_length:
         raise ValueError(f"sequence_length={sequence_length} is less than the {longest} tokens of the longest row.")
+    batch_size = min(batch_size, max(_TOKENS // sequence_length, 1))
     every = data.Examples.of(examples)
     source = grain.MapDataset.source(data.PackedRows(every, data.one_each(len(every)), sequence_length, None, None))
     found: list[Logps] = []
