@@ -36,14 +36,11 @@ def test_numbers_are_familiar_and_questions_are_not(rows):
     assert rows == again and rows != list(lessons(SHORT, count=12, seed=2))
 
 
-def test_what_an_evaluation_asks_is_left_out():
-    # With the seeds swapped the lessons would be the evaluation's own inputs, were they not left out.
-    mine = [row["prompt"] for row in lessons(("FindMaximum",), count=40, seed=3, asked_seed=0)]
-    asked = {
-        prompt(TASKS["FindMaximum"], item.example)
-        for item in benchmark(("FindMaximum",), items=248, seed=3)["FindMaximum"]["id"].items
-    }
-    assert set(mine) & asked  # the same draw, another seed: these are the questions of an evaluation with seed 3
+def test_leaving_out_is_needed():
+    """Lessons are drawn as an evaluation with their seed draws: with the same one they would be its very questions."""
+    mine = {row["prompt"] for row in lessons(("FindMaximum",), count=40, seed=3, asked_seed=0)}
+    asked = benchmark(("FindMaximum",), items=248, seed=3)["FindMaximum"]["id"].items
+    assert mine & {prompt(TASKS["FindMaximum"], item.example) for item in asked}
 
 
 @pytest.mark.parametrize(
