@@ -2,8 +2,8 @@
 
     python -m jaxmethods.data.pararel --files FOLDER --to build/pararel
     jaxmethods train configs/pararel_smollm2.py
-    jaxmethods evaluate facttest runs/pararel_tuned --calibration build/pararel/calibration.jsonl --test build/pararel/test.jsonl \
-        --to runs/facttest_tuned
+    jaxmethods evaluate facttest runs/pararel_smollm2 --calibration build/pararel/calibration.jsonl --test build/pararel/test.jsonl \
+        --to runs/facttest
 """
 
 from importlib.metadata import PackageNotFoundError, distribution
@@ -27,7 +27,7 @@ def config() -> Run:
     return Run(
         model=model(),
         data=Data(train="build/pararel/tune.jsonl", sequence_length=512),
-        workdir="runs/pararel_tuned",
+        workdir="runs/pararel_smollm2",
         adapters={"model/layers/.*_proj": LoRA(rank=16)},
         optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", warmup=10),
         steps=100,

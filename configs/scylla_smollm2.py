@@ -2,7 +2,7 @@
 
     python -m jaxmethods.evals.scylla.lessons --to build/scylla
     jaxmethods train configs/scylla_smollm2.py
-    jaxmethods evaluate scylla runs/scylla_tuned --to runs/scylla_valley
+    jaxmethods evaluate scylla runs/scylla_smollm2 --to runs/scylla_valley
 
 Fifteen million tokens: some minutes on a large GPU, a day on two CPU cores.
 """
@@ -27,7 +27,7 @@ def config() -> Run:
     return Run(
         model=model(),
         data=Data(train="build/scylla/lessons.jsonl", sequence_length=1024),
-        workdir="runs/scylla_tuned",
+        workdir="runs/scylla_smollm2",
         optimizer=Optimizer(learning_rate=3e-4, schedule="cosine", warmup=50),
         steps=900,
         batch_size=16,

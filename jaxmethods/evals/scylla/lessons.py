@@ -2,7 +2,7 @@
 
 python -m jaxmethods.evals.scylla.lessons --to build/scylla
 jaxmethods train configs/scylla_smollm2.py
-jaxmethods evaluate scylla runs/scylla_tuned --to runs/scylla_valley
+jaxmethods evaluate scylla runs/scylla_smollm2 --to runs/scylla_valley
 """
 
 from __future__ import annotations
