@@ -2,8 +2,8 @@
 
     python -m jaxmethods.data.pararel --files FOLDER --to build/pararel
     jaxmethods train configs/pararel_smollm2.py
-    jaxmethods evaluate facttest runs/pararel_smollm2 --calibration build/pararel/calibration.jsonl --test build/pararel/test.jsonl \
-        --to runs/facttest
+    jaxmethods evaluate facttest runs/pararel_smollm2 --to runs/facttest --calibration build/pararel/calibration.jsonl \
+        --test build/pararel/test.jsonl
 """
 
 from importlib.metadata import PackageNotFoundError, distribution
