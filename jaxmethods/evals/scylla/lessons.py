@@ -1,8 +1,8 @@
 """Questions on familiar numbers with their answers, to train a model on: what it then knows of them shows over others.
 
-python -m jaxmethods.evals.scylla.lessons --to build/scylla
-jaxmethods train configs/scylla_smollm2.py
-jaxmethods evaluate scylla runs/scylla_smollm2 --to runs/scylla_valley
+    python -m jaxmethods.evals.scylla.lessons --to build/scylla
+
+The recipe configs/scylla_smollm2.py trains on them.
 """
 
 from __future__ import annotations
