@@ -15,7 +15,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxmethods.data.sources import write_all
+from jaxmethods.data.sources import exit_status, write_all
 
 FILES = {"train": "training_data.json", "test": "ID_test_pararel.json", "shifted": "OOD_test_pararel.json"}
 
@@ -83,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_status(main))

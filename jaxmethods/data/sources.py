@@ -16,7 +16,8 @@ import contextlib
 import difflib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -264,6 +265,16 @@ def write_all(folder: str | os.PathLike[str], files: Mapping[str, Sequence[Recor
     for name, rows in files.items():
         write_jsonl(Path(folder) / name, rows)
         print(f"{Path(folder) / name}: {len(rows):,} rows")
+
+
+def exit_status(main: Callable[[], None]) -> int:
+    """Runs a program that writes rows; what is wrong with its input is one line, and status 2."""
+    try:
+        main()
+    except (ImportError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _blank(line: bytes) -> bool:

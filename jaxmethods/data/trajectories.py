@@ -28,7 +28,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from jaxmethods.data.sources import write_all
+from jaxmethods.data.sources import exit_status, write_all
 
 Row = dict[str, Any]
 Solver = Callable[[], Generator[tuple[str, str], str, None]]
@@ -387,4 +387,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_status(main))

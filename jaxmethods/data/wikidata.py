@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxmethods.data.sources import write_all
+from jaxmethods.data.sources import exit_status, write_all
 
 Row = dict[str, Any]
 MEMBER = "bigbench-1.0.0/bigbench/benchmark_tasks/qa_wikidata/task.json"
@@ -135,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_status(main))

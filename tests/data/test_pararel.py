@@ -5,6 +5,7 @@ import json
 import pytest
 
 from jaxmethods.data import pararel
+from jaxmethods.data.sources import exit_status
 
 TRAIN = [[f"Where was Person {i // 2} born?", f"City {i}", "P19(place of birth)"] for i in range(40)]
 TEST = [
@@ -49,3 +50,12 @@ def test_other_files_are_refused(folder, text, told):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"training_data\.json is not there; it is dataset/pararel"):
         pararel.parts(tmp_path)
+
+
+def test_the_program_says_so_in_one_line(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["pararel", "--files", str(folder), "--to", str(tmp_path / "out")])
+    assert exit_status(pararel.main) == 0 and len(list((tmp_path / "out").iterdir())) == 5
+    (folder / pararel.FILES["test"]).unlink()
+    capsys.readouterr()
+    assert exit_status(pararel.main) == 2
+    assert capsys.readouterr().err.startswith(f"error: {folder / pararel.FILES['test']} is not there")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxmethods.data.sources import write_all
+from jaxmethods.data.sources import exit_status, write_all
 from jaxmethods.evals.scylla.generating import synthetic
 from jaxmethods.evals.scylla.prompting import prompt, written
 from jaxmethods.evals.scylla.running import rng_of
@@ -60,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_status(main))
