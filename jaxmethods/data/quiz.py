@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from jaxmethods.data.sources import exit_status, write_all
+from jaxmethods.data.sources import one_line_errors, write_all
 
 _UNITS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
@@ -109,6 +109,7 @@ def make(*, seed: int = 0, sft: int = 480, prompts: int = 240, held_out: int = 1
     return Quiz(rows[:sft], rows[sft : sft + prompts], rows[sft + prompts :])
 
 
+@one_line_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes sft.jsonl, prompts.jsonl and heldout.jsonl.")
     parser.add_argument("--to", required=True, type=Path, help="folder for the three files")
@@ -121,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_status(main))
+    raise SystemExit(main())

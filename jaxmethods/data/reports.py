@@ -15,14 +15,13 @@ import hashlib
 import importlib.metadata
 import os
 import re
-import sys
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from jaxmethods.data.sources import write_jsonl
+from jaxmethods.data.sources import one_line_errors, write_jsonl
 
 _PACKAGE = "torchxrayvision"
 _ARCHIVE = "NLMCXR_reports.tgz"
@@ -185,7 +184,8 @@ def _described(path: Path, rows: Sequence[Mapping[str, str]]) -> str:
     return f"{path}: {len(rows):,} rows of {mean['prompt']:.1f} + {mean['answer']:.1f} words on average"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@one_line_errors
+def main(arguments: Sequence[str] | None = None) -> None:
     """Writes train.jsonl and heldout.jsonl, and the pairs of both; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m jaxmethods.data.reports", description=(__doc__ or "").splitlines()[0]
@@ -200,21 +200,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--held-out", type=float, default=0.1, help="share of the reports to hold out (default 0.1)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of these (default 0)")
     options = parser.parse_args(arguments)
-    try:
-        reports = read_archive(archive_path())
-        parts = split_by_report(reports.rows, options.held_out, options.seed)
-        options.to.mkdir(parents=True, exist_ok=True)
-        print(reports)
-        for name, rows in (("train.jsonl", parts.train), ("heldout.jsonl", parts.held_out)):
-            write_jsonl(options.to / name, rows)
-            print(_described(options.to / name, rows))
-            pairs = contradicted_pairs(rows, reports.labels, options.seed)
-            write_jsonl(options.to / f"pairs_{name}", pairs)
-            print(f"{options.to / f'pairs_{name}'}: {len(pairs):,} of them with an impression that contradicts")
-    except (ImportError, OSError, ValueError, tarfile.TarError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    reports = read_archive(archive_path())
+    parts = split_by_report(reports.rows, options.held_out, options.seed)
+    options.to.mkdir(parents=True, exist_ok=True)
+    print(reports)
+    for name, rows in (("train.jsonl", parts.train), ("heldout.jsonl", parts.held_out)):
+        write_jsonl(options.to / name, rows)
+        print(_described(options.to / name, rows))
+        pairs = contradicted_pairs(rows, reports.labels, options.seed)
+        write_jsonl(options.to / f"pairs_{name}", pairs)
+        print(f"{options.to / f'pairs_{name}'}: {len(pairs):,} of them with an impression that contradicts")
 
 
 if __name__ == "__main__":

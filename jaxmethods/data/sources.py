@@ -14,9 +14,11 @@ from __future__ import annotations
 import abc
 import contextlib
 import difflib
+import functools
 import json
 import os
 import sys
+import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -267,14 +269,19 @@ def write_all(folder: str | os.PathLike[str], files: Mapping[str, Sequence[Recor
         print(f"{Path(folder) / name}: {len(rows):,} rows")
 
 
-def exit_status(main: Callable[[], None]) -> int:
-    """Runs a program that writes rows; what is wrong with its input is one line, and status 2."""
-    try:
-        main()
-    except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
+    """Makes a program that writes rows return its exit status: what is wrong with its input is one line, and status 2."""
+
+    @functools.wraps(main)
+    def told(*args: Any) -> int:
+        try:
+            main(*args)
+        except (ImportError, OSError, ValueError, tarfile.TarError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return 0
+
+    return told
 
 
 def _blank(line: bytes) -> bool:

@@ -28,7 +28,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from jaxmethods.data.sources import exit_status, write_all
+from jaxmethods.data.sources import one_line_errors, write_all
 
 Row = dict[str, Any]
 Solver = Callable[[], Generator[tuple[str, str], str, None]]
@@ -375,6 +375,7 @@ def _perturbed(desk: Desk, held: Sequence[tuple[Row, Solver]], seed: int) -> lis
     return rows
 
 
+@one_line_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes gold.jsonl, questions.jsonl and perturbed.jsonl.")
     parser.add_argument("--to", required=True, type=Path, help="folder for the three files")
@@ -387,4 +388,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_status(main))
+    raise SystemExit(main())

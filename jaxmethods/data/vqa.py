@@ -15,13 +15,12 @@ import importlib.metadata
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxmethods.data.pictures import MARKER
-from jaxmethods.data.sources import write_all
+from jaxmethods.data.sources import one_line_errors, write_all
 
 Row = dict[str, Any]
 
@@ -184,7 +183,8 @@ def shuffled(rows: Sequence[Row], seed: int) -> list[Row]:
     return [rows[i] for i in sorted(range(len(rows)), key=lambda i: _digest(f"{seed} {i}"))]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@one_line_errors
+def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the rows of both; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m jaxmethods.data.vqa", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write the JSONL files to")
@@ -192,23 +192,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--held-out", type=float, default=0.15, help="share of the captions to hold out (default 0.15)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of these (default 0)")
     options = parser.parse_args(arguments)
-    try:
-        train, held_out = split_by_caption(stamps(options.stamps), options.held_out, options.seed)
-        asked = short_dialogues(easy_vqa("train"), options.seed)
-        asked_held_out = shuffled(single_questions(easy_vqa("test")), options.seed)
-        files = {
-            "questions.jsonl": asked,
-            "questions_heldout.jsonl": asked_held_out,
-            "questions_text.jsonl": without_pictures(asked),
-            "questions_text_heldout.jsonl": without_pictures(asked_held_out),
-            "captions.jsonl": train,
-            "captions_heldout.jsonl": held_out,
-        }
-        write_all(options.to, files)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    train, held_out = split_by_caption(stamps(options.stamps), options.held_out, options.seed)
+    asked = short_dialogues(easy_vqa("train"), options.seed)
+    asked_held_out = shuffled(single_questions(easy_vqa("test")), options.seed)
+    files = {
+        "questions.jsonl": asked,
+        "questions_heldout.jsonl": asked_held_out,
+        "questions_text.jsonl": without_pictures(asked),
+        "questions_text_heldout.jsonl": without_pictures(asked_held_out),
+        "captions.jsonl": train,
+        "captions_heldout.jsonl": held_out,
+    }
+    write_all(options.to, files)
 
 
 if __name__ == "__main__":

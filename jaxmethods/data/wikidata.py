@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxmethods.data.sources import exit_status, write_all
+from jaxmethods.data.sources import one_line_errors, write_all
 
 Row = dict[str, Any]
 MEMBER = "bigbench-1.0.0/bigbench/benchmark_tasks/qa_wikidata/task.json"
@@ -121,6 +121,7 @@ def split(
     return parts
 
 
+@one_line_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes calibration, test, shifted, source and target as JSON lines.")
     parser.add_argument("--archive", required=True, type=Path, help="bigbench-1.0.0.tar.gz")
@@ -135,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_status(main))
+    raise SystemExit(main())

@@ -6,7 +6,7 @@ from jaxmethods.models.decoder import Decoder, DecoderConfig, KVCache, Output, R
 from jaxmethods.models.dual import DualConfig, DualEncoder
 from jaxmethods.models.efficientnet import EfficientNet, EfficientNetConfig
 from jaxmethods.models.encoder import EncoderConfig
-from jaxmethods.models.files import revision
+from jaxmethods.models.files import first_installed, revision
 from jaxmethods.models.functional import hidden_states, logits, logits_of, sequence_logps, target_logps, unembedding
 from jaxmethods.models.loading import load, save
 from jaxmethods.models.shapes import shapes
@@ -19,7 +19,8 @@ from jaxmethods.quantization import dequantize, quantize
 __all__ = [
     "PARTS", "RULES", "VLM", "Decoder", "DecoderConfig", "DualConfig", "DualEncoder", "EfficientNet", "EfficientNetConfig",
     "EncoderConfig", "Images", "KVCache", "Output", "RopeScaling", "Sight", "TextEncoder", "TextEncoderConfig", "VLMConfig",
-    "VisionConfig", "VisionTower", "dequantize", "hidden_states", "load", "load_tokenizer", "logits", "logits_of", "part_of",
+    "VisionConfig", "VisionTower", "dequantize", "first_installed", "hidden_states", "load",
+    "load_tokenizer", "logits", "logits_of", "part_of",
     "pictures", "quantize", "revision", "save", "sequence_logps", "shapes", "target_logps", "unembedding", "vlm_config",
     "with_eyes", "with_eyes_shapes", "tower_features",
 ]  # fmt: skip

@@ -42,6 +42,15 @@ def resolve(path: str | os.PathLike[str], *, weights: bool = True) -> Path:
     raise FileNotFoundError(f"{text}: no such folder or .gguf file{_similar(local)}.")
 
 
+def first_installed(path: str, otherwise: str) -> str:
+    """`path` ("package:NAME/FILE") where its package is installed, else `otherwise`, such as a hub name: for recipes."""
+    try:
+        metadata.distribution(path.removeprefix("package:").partition("/")[0])
+    except metadata.PackageNotFoundError:
+        return otherwise
+    return path
+
+
 def revision(path: str | os.PathLike[str]) -> str | None:
     """What pins a model beyond its name: the commit of a hub model, the version of a package; None for files and folders.
 
@@ -116,17 +125,26 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file holds something else.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise ValueError(f"{file} is no valid JSON ({error}).") from None
+    content = parsed(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object, not a {type(content).__name__}.")
     return content
 
 
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON object to be read by people too."""
+def parsed(file: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ValueError(f"{file} is no valid JSON ({error}).") from None
+
+
+def write_json(file: Path, content: dict[str, Any] | list[Any]) -> None:
+    """Writes JSON to be read by people too."""
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

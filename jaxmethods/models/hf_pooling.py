@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +43,14 @@ def write_pooling(folder: Path, pooling: str, width: int) -> None:
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (path, kind) in enumerate(kinds)
     ]
-    (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
+    files.write_json(folder / "modules.json", modules)
     (folder / "1_Pooling").mkdir()
     modes = {key: pooling == mode for mode, key in _KEYS.items()}
     files.write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width} | modes)
 
 
 def _modules(file: Path) -> list[dict[str, Any]]:
-    try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no valid JSON ({error}).") from None
+    told = files.parsed(file)
     if not isinstance(told, list) or not all(isinstance(one, dict) and {"type", "path"} <= one.keys() for one in told):
         raise ValueError(f"{file} must hold a list of modules with type and path.")
     return told

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from jaxmethods.data import pararel
-from jaxmethods.data.sources import exit_status
 
 TRAIN = [[f"Where was Person {i // 2} born?", f"City {i}", "P19(place of birth)"] for i in range(40)]
 TEST = [
@@ -54,8 +53,8 @@ def test_a_file_that_is_not_there(tmp_path):
 
 def test_the_program_says_so_in_one_line(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["pararel", "--files", str(folder), "--to", str(tmp_path / "out")])
-    assert exit_status(pararel.main) == 0 and len(list((tmp_path / "out").iterdir())) == 5
+    assert pararel.main() == 0 and len(list((tmp_path / "out").iterdir())) == 5
     (folder / pararel.FILES["test"]).unlink()
     capsys.readouterr()
-    assert exit_status(pararel.main) == 2
+    assert pararel.main() == 2
     assert capsys.readouterr().err.startswith(f"error: {folder / pararel.FILES['test']} is not there")

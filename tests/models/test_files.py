@@ -172,3 +172,8 @@ def test_the_hubs_cache_may_link_to_its_blobs(tmp_path):
     (snapshot / "a.safetensors").symlink_to("../../blobs/abc")
     index(snapshot, {"w": "a.safetensors"})
     assert files.weight_files(snapshot) == {"w": snapshot / "a.safetensors"}
+
+
+def test_a_recipe_takes_what_is_installed():
+    assert files.first_installed("package:numpy/x.gguf", "org/model") == "package:numpy/x.gguf"
+    assert files.first_installed("package:no-such-package/x.gguf", "org/model") == "org/model"

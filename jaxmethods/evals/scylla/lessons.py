@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxmethods.data.sources import exit_status, write_all
+from jaxmethods.data.sources import one_line_errors, write_all
 from jaxmethods.evals.scylla.generating import synthetic
 from jaxmethods.evals.scylla.prompting import prompt, written
 from jaxmethods.evals.scylla.running import rng_of
@@ -31,11 +31,10 @@ def lessons(
 
     Args:
         tasks: names; none stands for all.
-        count: fewer for a task of which the numbers make fewer inputs than these and those that are asked.
-        asked_seed: the inputs that an evaluation with this seed asks by default are left out.
+        asked_seed: the inputs that an evaluation with this seed asks by default are left out; so there may be fewer than `count`.
 
     Raises:
-        ValueError: an unknown task; `count` below 1; both seeds equal.
+        ValueError: an unknown task; `count` below 1, or more than the numbers make; both seeds equal.
     """
     if count < 1 or seed == asked_seed:
         raise ValueError(f"count={count} must be at least 1, and seed={seed} another than asked_seed={asked_seed}.")
@@ -43,13 +42,14 @@ def lessons(
         task = TASKS[name]
         asked = {json.dumps(data) for data in synthetic(task, rng_of(asked_seed, name), _ASKED).data}
         rng = np.random.default_rng([seed, *f"lessons/{name}".encode()])
-        for data in synthetic(task, rng_of(seed, name), count + _ASKED).data[:count]:
+        for data in synthetic(task, rng_of(seed, name), count).data:
             if json.dumps(data) not in asked:
                 example = task.pose(rng, data)
                 answer = f"The answer is {written(task.solve(example))}"
                 yield {"prompt": prompt(task, example), "answer": answer, "kind": name}
 
 
+@one_line_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes lessons.jsonl.")
     parser.add_argument("--to", required=True, type=Path, help="folder for the file")
@@ -60,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_status(main))
+    raise SystemExit(main())
